@@ -1,0 +1,1062 @@
+"""pd.py: Progressive Distillation for Fast Sampling of Diffusion Models (Salimans & Ho, ICLR 2022), in one file.
+
+    python pd.py                                   # real handwritten digits, 256 -> 1 steps, minutes on two CPU cores
+    python pd.py --dataset cifar10 --stages 8      # the same on CIFAR-10, for a GPU
+    python pd.py --sample runs/digits/student-1.pt --num 64 --out grid.png
+
+Read it from top to bottom. Parts 1 to 5 are the paper: any tensor shape, no devices, no files, no flags. Parts 6 to 10
+are the engineering. Section, equation and algorithm numbers are the paper's (arXiv:2202.00512).
+"""
+import argparse, contextlib, io, json, math, os, platform, resource, shutil, statistics, sys, time
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.nn as nn
+import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
+
+# ------------------------------------------------------------------------------------------------------------
+# 1. Schedule: what is z_t?
+#
+# A noisy picture is z_t = α_t x + σ_t ε with ε ~ N(0, I). The clock t runs from 0 (data) to 1 (noise), and (α_t, σ_t)
+# walks a quarter of the unit circle: α² + σ² = 1, the variance-preserving cosine schedule (Section 2, Section 3.1).
+# The quarter stops just short of both ends, so that the log-SNR stays within [-20, 20] and nothing divides by zero.
+# ------------------------------------------------------------------------------------------------------------
+FIRST_ANGLE = math.atan(math.exp(-10))     # at t = 0; at t = 1 the angle is arctan(e^10) = π/2 - FIRST_ANGLE
+
+
+def alpha_sigma(t):
+    """(α_t, σ_t), each of t's shape: the cosine and sine of an angle that is linear in t. Section 3.1.
+
+    t: float or (B,) tensor in [0, 1]. A float gives float64 scalars, which leave the type of what they multiply alone.
+    """
+    if not torch.is_tensor(t):
+        t = torch.tensor(t, dtype=torch.float64)
+    span = math.pi / 2 - 2 * FIRST_ANGLE
+    # cos(angle_t) = sin(π/2 - angle_t) = sin(angle_{1-t}): near t = 1 the sine keeps the digits that the cosine loses
+    return torch.sin(FIRST_ANGLE + span * (1 - t)), torch.sin(FIRST_ANGLE + span * t)
+
+
+def log_snr(t):
+    """λ_t = log(α_t² / σ_t²), of t's shape: 20 at t = 0, falling to -20 at t = 1. Section 2."""
+    alpha, sigma = alpha_sigma(t)
+    return 2 * torch.log(alpha / sigma)
+
+
+def alpha_sigma_for(z, t):
+    """(α_t, σ_t) shaped to multiply z: (B,) becomes (B, 1, ..., 1), a scalar stays one."""
+    return [a.reshape(-1, *[1] * (z.ndim - 1)) if a.ndim else a for a in alpha_sigma(t)]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 2. Parameterizations: what does the network predict?
+#
+# Given z_t, knowing x is knowing ε: z = α x + σ ε is one line, and x, ε and v are three ways to name a point on it. In
+# exact arithmetic the choice does not matter. In practice it decides how an error of the network is amplified: x̂ from
+# an ε-network carries the factor σ/α, which is e^10 at t = 1, where a one-step student does all its work (Section 4).
+# ------------------------------------------------------------------------------------------------------------
+PARAMS = ("v", "eps", "x", "both")
+
+
+def to_x_eps(out, z, t, param):
+    """(x̂, ε̂), each (B, *dims), from the raw network output. Section 4.
+
+    out: (B, *dims), or (B, 2C, ...) for "both"; z: (B, *dims); t: float or (B,). ValueError for an unknown param.
+    """
+    alpha, sigma = alpha_sigma_for(z, t)
+    if param == "v":                                    # v = α ε - σ x: the velocity dz/d(angle) on the circle
+        return alpha * z - sigma * out, sigma * z + alpha * out
+    if param == "eps":
+        return (z - sigma * out) / alpha, out
+    if param == "x":
+        return out, (z - alpha * out) / sigma
+    if param == "both":                                 # x̂ = σ² x̃ + α (z - σ ε̃): trusts x̃ in the noise, ε̃ near the data
+        x_out, eps_out = out.chunk(2, dim=1)
+        x_hat = sigma**2 * x_out + alpha * (z - sigma * eps_out)
+        return x_hat, alpha**2 * eps_out + sigma * (z - alpha * x_out)    # = (z - α x̂) / σ, without dividing
+    raise ValueError(f"param must be one of {', '.join(PARAMS)}, not {param!r}")
+
+
+class Denoiser(nn.Module):
+    """denoiser(z, t) -> (x̂, ε̂) from any network net(z, t) that gets t as a (B,) tensor. Section 4.
+
+    This is the interface of everything below: a `model` or `teacher` is any callable (z, t) -> (x̂, ε̂).
+    """
+
+    def __init__(self, net, param="v"):
+        super().__init__()
+        if param not in PARAMS:
+            raise ValueError(f"param must be one of {', '.join(PARAMS)}, not {param!r}")
+        self.net, self.param = net, param
+
+    def forward(self, z, t):
+        clock = t.to(z) if torch.is_tensor(t) else z.new_full((), t)
+        return to_x_eps(self.net(z, clock.expand(len(z))), z, t, self.param)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 3. Loss weights: which error counts how much?
+#
+# All losses are w(λ) ||x - x̂||². As ε - ε̂ = -(α/σ) (x - x̂), the usual ε-loss has w = α²/σ² = SNR. It vanishes at t = 1
+# and would teach a one-step student nothing; the paper keeps it from falling below 1 (Section 4).
+# ------------------------------------------------------------------------------------------------------------
+WEIGHTINGS = {
+    "truncated": lambda snr: snr.clamp(min=1),          # max(SNR, 1): the larger of the x-loss and the ε-loss
+    "snr+1": lambda snr: snr + 1,                       # ||v - v̂||²: their sum, as 1 + α²/σ² = 1/σ²
+    "snr": lambda snr: snr,                             # ||ε - ε̂||²
+    "constant": lambda snr: torch.ones_like(snr),       # ||x - x̂||²
+}
+
+
+def loss_weight(t, weighting):
+    """w(λ_t), of t's shape. Section 4. ValueError for an unknown weighting."""
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, not {weighting!r}")
+    return WEIGHTINGS[weighting](torch.exp(log_snr(t)))
+
+
+def weighted_loss(model, x_target, z, t, weighting):
+    """(B,): w(λ_t) times the mean squared x-error of each example. Equation 9 and Section 4.
+
+    x_target, z: (B, *dims); t: float or (B,). x_target is the data for a teacher, x̃ for a student.
+    """
+    x_hat, _ = model(z, t)
+    return loss_weight(t, weighting) * (x_target - x_hat).square().reshape(len(z), -1).mean(1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 4. Sampling: how do predictions become a picture?
+#
+# The noise is removed along the probability-flow ODE, which in the (α, σ) plane reads dz = x̂ dα + ε̂ dσ (Section 2.2,
+# Appendix B). DDIM is its Euler step: hold x̂ and ε̂, move α and σ. Heun averages x̂ and ε̂ over both ends of the step.
+# The ancestral sampler instead draws from the posterior q(z_s | z_t, x = x̂).
+# ------------------------------------------------------------------------------------------------------------
+SAMPLERS = ("ddim", "ancestral", "heun")
+
+
+def ddim_step(x_hat, eps_hat, s):
+    """z_s = α_s x̂ + σ_s ε̂, (B, *dims): the same x̂ and ε̂, less noise. Equation 8."""
+    alpha, sigma = alpha_sigma_for(x_hat, s)
+    return alpha * x_hat + sigma * eps_hat
+
+
+def ancestral_step(x_hat, z, t, s, noise_scale=1.0):
+    """A draw z_s, (B, *dims), from the posterior q(z_s | z_t = z, x = x̂) for s < t. Equations 3 to 5.
+
+    noise_scale: in [0, 1], interpolates the log-variance from its lower bound (0) to its upper bound (1).
+    """
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma_for(z, t), alpha_sigma_for(z, s)
+    snr_ratio = (alpha_t * sigma_s / (sigma_t * alpha_s))**2                                # e^(λ_t - λ_s) < 1
+    mean = snr_ratio * (alpha_s / alpha_t) * z + (1 - snr_ratio) * alpha_s * x_hat
+    std = (1 - snr_ratio).sqrt() * sigma_s**(1 - noise_scale) * sigma_t**noise_scale
+    return mean + std * torch.randn_like(z)
+
+
+def heun_step(model, x_hat, eps_hat, z, t, s):
+    """z_s, (B, *dims): dz = x̂ dα + ε̂ dσ by the trapezoidal rule. A second call of the model, at the DDIM step's end."""
+    (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma_for(z, t), alpha_sigma_for(z, s)
+    x_end, eps_end = model(ddim_step(x_hat, eps_hat, s), s)
+    return z + (alpha_s - alpha_t) * (x_hat + x_end) / 2 + (sigma_s - sigma_t) * (eps_hat + eps_end) / 2
+
+
+@torch.no_grad()
+def sample(model, z, steps, sampler="ddim", clip=False, noise_scale=1.0):
+    """x, (B, *dims), from noise z = z_1: visits t = 1, 1 - 1/N, ..., 0 with N = steps. Section 2 and Algorithm 2.
+
+    clip: limit x̂ to [-1, 1] and recompute ε̂. noise_scale: see `ancestral_step`. The last step is always DDIM's: there is
+    no noise left to add, and at t = 0 no second prediction to be had. ValueError for an unknown sampler or steps < 1.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {sampler!r}")
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, not {steps}")
+
+    def predict(z, t):
+        x_hat, eps_hat = model(z, t)
+        if clip:
+            x_hat = x_hat.clamp(-1, 1)
+            _, eps_hat = to_x_eps(x_hat, z, t, "x")
+        return x_hat, eps_hat
+
+    for i in range(steps, 0, -1):
+        t, s = i / steps, (i - 1) / steps
+        x_hat, eps_hat = predict(z, t)
+        if s == 0 or sampler == "ddim":
+            z = ddim_step(x_hat, eps_hat, s)
+        elif sampler == "ancestral":
+            z = ancestral_step(x_hat, z, t, s, noise_scale)
+        else:
+            z = heun_step(predict, x_hat, eps_hat, z, t, s)
+    return z
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 5. Distillation: what does the student learn?
+#
+# The student's one step must end where the teacher's two end. Algorithm 2 solves α_s x̃ + (σ_s/σ_t)(z_t - α_t x̃) = z_s:
+#     x̃ = (z_s - (σ_s/σ_t) z_t) / (α_s - (σ_s/σ_t) α_t)
+# Divide the DDIM step by σ instead, and it reads z_s/σ_s = z_t/σ_t + (α_s/σ_s - α_t/σ_t) x̂. Steps add up, so x̃ is a mean
+# of the teacher's own predictions on its way, each weighted by the change of α/σ in its step: the same x̃, and no
+# difference of nearly equal numbers. Nothing of the data or of its noise is left in x̃ but through z_t, so it is sharp.
+# ------------------------------------------------------------------------------------------------------------
+@torch.no_grad()
+def distill_target(teacher, z, t, s, substeps=2):
+    """x̃, (B, *dims): one DDIM step with it from z = z_t to z_s lands where `substeps` of the teacher land. Algorithm 2.
+
+    t, s: floats or (B,) tensors, s < t. ValueError for substeps < 1.
+    """
+    if substeps < 1:
+        raise ValueError(f"substeps must be at least 1, not {substeps}")
+
+    def alpha_over_sigma(u):
+        alpha, sigma = alpha_sigma_for(z, u)
+        return alpha / sigma
+
+    x_tilde = torch.zeros_like(z)
+    times = [(t * (substeps - i) + s * i) / substeps for i in range(substeps + 1)]      # t, ..., s: t' then t''
+    for start, end in pairwise(times):
+        x_hat, eps_hat = teacher(z, start)
+        x_tilde = x_tilde + (alpha_over_sigma(end) - alpha_over_sigma(start)) * x_hat
+        z = ddim_step(x_hat, eps_hat, end)
+    return x_tilde / (alpha_over_sigma(s) - alpha_over_sigma(t))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 6. Network
+#
+# The UNet of DDPM and its heirs: residual blocks with GroupNorm, scale-and-shift conditioning on t, self-attention at
+# chosen resolutions, skip connections. The last layer of each block and of the network starts at zero: a fresh network
+# with v-prediction says v = 0, that is x̂ = α z. It computes in bfloat16 on a GPU; everything around it is float32.
+# ------------------------------------------------------------------------------------------------------------
+EMBEDDING = 128
+
+
+def time_embedding(t, dim):
+    """(B, dim): cosines and sines of 1000 t at dim/2 frequencies from 1 down to almost 1/10000, for t (B,) in [0, 1]."""
+    freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
+    angles = 1000 * t[:, None] * freqs
+    return torch.cat([angles.cos(), angles.sin()], dim=1)
+
+
+def group_norm(width):
+    return nn.GroupNorm(math.gcd(width, 8), width)
+
+
+def zero(layer):
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Attention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.heads = width // 64 if width % 64 == 0 else 1
+        self.norm, self.qkv, self.out = group_norm(width), nn.Conv2d(width, 3 * width, 1), zero(nn.Conv2d(width, width, 1))
+
+    def forward(self, h):
+        B, C, H, W = h.shape
+        q, k, v = self.qkv(self.norm(h)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2).unbind(1)
+        out = F.scaled_dot_product_attention(q, k, v)                   # (B, heads, H W, C / heads)
+        return h + self.out(out.transpose(-1, -2).reshape(B, C, H, W))
+
+
+class ResBlock(nn.Module):
+    def __init__(self, width_in, width_out, embedding, dropout, attend):
+        super().__init__()
+        self.norm1, self.conv1 = group_norm(width_in), nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.scale_shift = nn.Linear(embedding, 2 * width_out)
+        self.norm2, self.dropout = group_norm(width_out), nn.Dropout(dropout)
+        self.conv2 = zero(nn.Conv2d(width_out, width_out, 3, padding=1))
+        self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
+        self.attention = Attention(width_out) if attend else nn.Identity()
+
+    def forward(self, h, embedding):
+        scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
+        out = self.norm2(self.conv1(F.silu(self.norm1(h)))) * (1 + scale) + shift
+        return self.attention(self.skip(h) + self.conv2(self.dropout(F.silu(out))))
+
+
+class UNet(nn.Module):
+    """net(z, t): (B, channels, H, W), (B,) -> (B, out_channels, H, W). Section 5's network, smaller.
+
+    width: channels at full resolution; mults: their multiple at each halving; blocks: residual blocks a resolution;
+    attention: the down-sampling factors that attend; out_channels: default `channels`, twice that for "both".
+    ValueError where H or W is not a multiple of 2^(len(mults) - 1).
+    """
+
+    def __init__(self, channels, width, mults=(1, 2), blocks=1, attention=(), dropout=0.0, out_channels=None):
+        super().__init__()
+        self.halvings, emb = len(mults) - 1, 4 * width
+        self.embed = nn.Sequential(nn.Linear(EMBEDDING, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
+        self.stem = nn.Conv2d(channels, width, 3, padding=1)
+        self.down, self.up, widths = nn.ModuleList(), nn.ModuleList(), [width]
+        for i, mult in enumerate(mults):
+            for _ in range(blocks):
+                self.down.append(ResBlock(widths[-1], width * mult, emb, dropout, 2**i in attention))
+                widths.append(width * mult)
+            if i < self.halvings:
+                self.down.append(nn.Conv2d(widths[-1], widths[-1], 3, stride=2, padding=1))
+                widths.append(widths[-1])
+        h = widths[-1]
+        self.middle = nn.ModuleList(ResBlock(h, h, emb, dropout, attend) for attend in (bool(attention), False))
+        for i, mult in reversed(list(enumerate(mults))):
+            for _ in range(blocks + 1):
+                self.up.append(ResBlock(h + widths.pop(), width * mult, emb, dropout, 2**i in attention))
+                h = width * mult
+            if i > 0:
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(h, h, 3, padding=1)))
+        self.head = nn.Sequential(group_norm(h), nn.SiLU(), zero(nn.Conv2d(h, out_channels or channels, 3, padding=1)))
+
+    def encode(self, z, t):
+        """The bottleneck (B, C, H / 2^halvings, W / 2^halvings), the skips on the way there, and the embedding of t."""
+        H, W, multiple = *z.shape[-2:], 2**self.halvings
+        if H % multiple or W % multiple:
+            raise ValueError(f"pictures of {W}x{H} can't be halved {self.halvings} times: give a --size that is a "
+                             f"multiple of {multiple}")
+        emb = self.embed(time_embedding(t, EMBEDDING))
+        h = self.stem(z)
+        skips = [h]
+        for layer in self.down:
+            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+            skips.append(h)
+        for layer in self.middle:
+            h = layer(h, emb)
+        return h, skips, emb
+
+    def forward(self, z, t):
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
+            h, skips, emb = self.encode(z, t)
+            for layer in self.up:
+                h = layer(torch.cat([h, skips.pop()], dim=1), emb) if isinstance(layer, ResBlock) else layer(h)
+            return self.head(h).to(z.dtype)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 7. Data: uint8 pictures, all of them in memory
+# ------------------------------------------------------------------------------------------------------------
+TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
+
+
+class Error(ValueError):
+    """Wrong input: one line that says what is wrong and what would be right."""
+
+
+def one_line(error):
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def load_dataset(name, data_dir="data", size=None):
+    """(images, labels): uint8 (N, C, H, W) and int64 (N,). Error for what can't be loaded.
+
+    name: "digits" (scikit-learn's, 8x8), "mnist", "fashion-mnist", "cifar10" (downloaded to data_dir), or a folder of
+    pictures, flat or one subfolder a class. size: resize the shorter side to it and crop the centre.
+    """
+    if name == "digits":
+        from sklearn.datasets import load_digits
+        digits = load_digits()
+        images = torch.from_numpy(digits.images[:, None] * 255 / 16).round().to(torch.uint8)        # grey levels 0 to 16
+        return resize(images, size), torch.from_numpy(digits.target)
+    if name in TORCHVISION:
+        try:
+            import torchvision
+            data = getattr(torchvision.datasets, TORCHVISION[name])(data_dir, download=True)
+        except Exception as error:      # torchvision absent or broken, no network, an interrupted download, a full disk
+            raise Error(f"{name} could not be loaded ({one_line(error)}): repeat the command with a network, or put "
+                        f"the files of torchvision's {TORCHVISION[name]} into {data_dir}") from error
+        images = torch.as_tensor(data.data)
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
+        return resize(images.contiguous(), size), torch.as_tensor(data.targets)
+    return load_folder(Path(name), size)
+
+
+def resize(images, size):
+    """uint8 (N, C, H, W): the shorter side resized to `size`, the centre cropped; as they are where size is None."""
+    H, W = images.shape[-2:]
+    if size is None or H == W == size:
+        return images
+    H, W = round(size * max(1, H / W)), round(size * max(1, W / H))
+    images = torch.cat([F.interpolate(part.float(), (H, W), mode="bilinear", antialias=True).round().to(torch.uint8)
+                        for part in images.split(1000)])
+    return images[..., (H - size) // 2:, (W - size) // 2:][..., :size, :size].contiguous()
+
+
+def load_folder(folder, size):
+    from PIL import Image
+    if not folder.is_dir():
+        raise Error(f"no data set {str(folder)!r}: give one of digits, {', '.join(TORCHVISION)} or a folder of pictures")
+    files = sorted(file for file in folder.rglob("[!.]*") if file.suffix.lower() in SUFFIXES)
+    if len(files) < 2:
+        raise Error(f"{folder} holds {len(files)} pictures: at least 2 are needed ({' '.join(SUFFIXES)})")
+    pictures = []
+    for file in tqdm(files, "reading pictures", disable=quiet(), leave=False):
+        try:
+            with Image.open(file) as picture:
+                if picture.mode[0] in "IF":
+                    raise Error(f"{file} has more than 8 bits a channel: convert it to 8 bits")
+                picture = np.array(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
+        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+            raise Error(f"{file} is not a readable picture ({one_line(error)}): mend or remove it") from error
+        picture = torch.from_numpy(picture).reshape(*picture.shape[:2], -1).permute(2, 0, 1)
+        pictures.append(resize(picture[None], size)[0])
+        (_, h, w), (_, H, W) = pictures[0].shape, pictures[-1].shape
+        if not h == w == H == W:
+            raise Error(f"the pictures are not all squares of one size ({files[0].name} is {w}x{h}, {file.name} is "
+                        f"{W}x{H}): give --size")
+    channels = max(len(picture) for picture in pictures)                # one picture in colour makes all of them RGB
+    folders = sorted({file.parent for file in files})
+    return (torch.stack([picture.expand(channels, -1, -1) for picture in pictures]),
+            torch.tensor([folders.index(file.parent) for file in files]))
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 8. Training: one loop for the teacher and for every student
+#
+# Algorithm 2 is Algorithm 1 but for two things: the student's clock is discrete, for its sampler will only ever visit
+# t = 1/N, ..., 1, and its target is x̃ instead of x. The data stay on the device. All random numbers of an update are a
+# function of (seed, stage, update), so that a stopped run continues as if it had never been stopped; every process
+# draws the whole batch and takes its slice, so that two processes train the model that one trains.
+# ------------------------------------------------------------------------------------------------------------
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def quiet():
+    """tqdm's `disable`: no bar on other processes than the first, and there one if somebody looks (None: a terminal)."""
+    return True if rank() else None
+
+
+def set_seed(*key):
+    """Seed torch by whole numbers, e.g. (seed, stage, update)."""
+    torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
+
+
+def draw(data, num, flip):
+    """`num` random examples: uint8 pictures as floats in [-1, 1], mirrored half the time if `flip`; floats as they are."""
+    x = data[torch.randint(len(data), (num,), device=data.device)]
+    if x.dtype == torch.uint8:
+        x = x.float() / 127.5 - 1
+    return torch.where(torch.rand(num, 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x) if flip else x
+
+
+def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighting="truncated", batch_size=128, lr=1e-3,
+          warmup=0, ema=0.999, flip=False, seed=0, stage=0, every=100, resume=None, report=None, title="model"):
+    """Train `model`, a Denoiser, in place on data (N, *dims): Algorithm 1, or with a teacher Algorithm 2 for `steps`.
+
+    A teacher-to-be warms up for `warmup` updates and ends as its exponential moving average; a student's learning rate
+    falls linearly to zero and it ends as it is. Every `every` updates, and at the end, the mean loss and gradient norm
+    are read and report(state) is called; a state given as `resume` continues there. Returns what was read, a list of
+    dictionaries. Error when it is not finite.
+    """
+    params = list(model.parameters())
+    optimizer = torch.optim.Adam(params, lr, fused=True)
+    average = [p.detach().clone() for p in params] if teacher is None else []
+    read, rows = 0, []
+    if resume:
+        read, rows, average = resume["update"], resume["rows"], resume["average"]
+        model.load_state_dict(resume["model"])
+        optimizer.load_state_dict(resume["optimizer"])
+    model.train(teacher is None)                                        # dropout is for Algorithm 1 only
+    net = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    totals = torch.zeros(2, device=data.device)
+
+    for update in tqdm(range(read, updates), title, initial=read, total=updates, disable=quiet(), leave=False):
+        set_seed(seed, stage, update)
+        x = draw(data, batch_size, flip)
+        eps = torch.randn_like(x)
+        if teacher is None:                                             # Algorithm 1: t is continuous
+            t = torch.rand(batch_size, device=x.device)
+        else:                                                           # Algorithm 2: t is one of 1/N, 2/N, ..., 1
+            t = torch.randint(1, steps + 1, (batch_size,), device=x.device) / steps
+        x, eps, t = (a.tensor_split(world())[rank()] for a in (x, eps, t))
+        alpha, sigma = alpha_sigma_for(x, t)
+        z = alpha * x + sigma * eps
+        if teacher is not None:                                         # Algorithm 2: x̃ instead of x
+            with torch.inference_mode():
+                x = distill_target(teacher, z, t, t - 1 / steps, substeps)
+        loss = weighted_loss(net, x, z, t, weighting).sum() * world() / batch_size
+
+        optimizer.zero_grad()
+        loss.backward()
+        norm = nn.utils.clip_grad_norm_(params, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = lr * (min(1, (update + 1) / max(1, warmup)) if teacher is None else 1 - update / updates)
+        optimizer.step()
+        if average:                                                     # a short memory at first, then `ema`
+            torch._foreach_lerp_(average, params, 1 - min(ema, (update + 1) / (update + 10)))
+        totals += torch.stack([loss.detach(), norm])
+
+        if (update + 1) % every == 0 or update + 1 == updates:          # the only place where the host waits
+            if dist.is_initialized():
+                dist.all_reduce(totals)
+            loss, norm = (totals / (update + 1 - read) / world()).tolist()
+            if not math.isfinite(loss + norm):
+                raise Error(f"the loss of {title} is not finite any more (update {update + 1}): give a lower learning "
+                            f"rate; the last good checkpoint is kept")
+            totals.zero_()
+            read = update + 1
+            rows.append({"update": read, "loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]})
+            if report:
+                report({"update": read, "rows": rows, "average": average, "model": model.state_dict(),
+                        "optimizer": optimizer.state_dict()})
+    with torch.no_grad():
+        for p, a in zip(params, average):
+            p.copy_(a)
+    model.eval()
+    return rows
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 9. Evaluation: did it work?
+#
+# The Fréchet distance here compares features of the run's own teacher, so it needs no download and fits any data set.
+# It is one ruler for all the samplers of a run; it is not the published FID, which is `--fid`.
+# ------------------------------------------------------------------------------------------------------------
+CHUNK = 256                                                             # pictures sampled together
+INIT, EVALUATION = 10**6, 10**6 + 1                                     # "stages" of set_seed that are no stages
+
+
+def generate(model, num, shape, steps, sampler="ddim", seed=0, device="cpu", title="sampling"):
+    """uint8 pictures (num, *shape) on the CPU; the same seed gives every model and sampler the same noise."""
+    images = torch.zeros(num, *shape, dtype=torch.uint8, device=device)
+    calls = 2 * steps - 1 if sampler == "heun" else steps
+    with tqdm(total=num * calls, desc=title, disable=quiet(), leave=False) as bar:
+        def counted(z, t):
+            bar.update(len(z) * world())
+            return model(z, t)
+        for start in range(rank() * CHUNK, num, world() * CHUNK):       # each process has its chunks, the sum has all
+            set_seed(seed, EVALUATION, start // CHUNK)
+            x = sample(counted, torch.randn(CHUNK, *shape, device=device)[:num - start], steps, sampler)
+            images[start:start + CHUNK] = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    if dist.is_initialized():
+        dist.all_reduce(images)
+    return images.cpu()
+
+
+@torch.no_grad()
+def features(net, images, device="cpu", t=0.1):
+    """(N, D) float32: the spatial mean of the UNet's bottleneck for uint8 pictures, at a clock of little noise."""
+    rows = []
+    for part in images.split(CHUNK):
+        x = part.to(device).float() / 127.5 - 1
+        rows.append(net.encode(alpha_sigma(t)[0] * x, x.new_full((len(x),), t))[0].mean((2, 3)).cpu())
+    return torch.cat(rows)
+
+
+def frechet_distance(a, b):
+    """|μ_a - μ_b|² + tr(C_a + C_b - 2 (C_a C_b)^½) of two (N, D) feature sets: a float, computed in float64.
+
+    ValueError where a set has fewer than two rows or the sets differ in D.
+    """
+    a, b = (torch.as_tensor(f).double().cpu() for f in (a, b))
+    if a.ndim != 2 or b.ndim != 2 or min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
+        raise ValueError(f"two sets (N, D) with N > 1 and one D are needed, not {tuple(a.shape)} and {tuple(b.shape)}")
+    cov_a, cov_b = ((f - f.mean(0)).T @ (f - f.mean(0)) / (len(f) - 1) for f in (a, b))
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()            # tr (C_a C_b)^½
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+
+
+def inception(device):
+    """torchmetrics' FID, the published one. Error where it is not to be had."""
+    try:
+        from torchmetrics.image.fid import FrechetInceptionDistance
+        return FrechetInceptionDistance(reset_real_features=False).to(device)
+    except ImportError as error:
+        raise Error("--fid needs torchmetrics: pip install 'torchmetrics[image]', or run without --fid") from error
+    except Exception as error:
+        raise Error(f"--fid needs Inception's weights, and their download failed ({one_line(error)}): connect once, or "
+                    "run without --fid") from error
+
+
+def evaluate(models, load, images, config, device, fid=None):
+    """(rows, pictures): every student at its own steps, the teacher with DDIM and the ancestral sampler at all of them.
+
+    models: [(name, steps)], teacher first; load(name) gives a Denoiser; pictures: 16 of each model, from one noise.
+    """
+    num = config["eval_samples"]
+    set_seed(config["seed"], EVALUATION)
+    images = images[torch.randperm(len(images))[:10 * num]]
+    teacher = load("teacher")
+    real, rows, pictures, reference = features(teacher.net, images, device), [], {}, None
+    if fid:
+        for part in images.split(CHUNK):
+            fid.update(part.to(device).expand(-1, 3, -1, -1), real=True)
+    for name, steps, sampler in ([("teacher", n, "ddim") for _, n in models] + [(*m, "ddim") for m in models[1:]]
+                                 + [("teacher", n, "ancestral") for _, n in models]):
+        model = teacher if name == "teacher" else load(name)
+        fake = generate(model, num, images.shape[1:], steps, sampler, config["seed"], device,
+                        f"evaluating {name}, {steps} {sampler} steps")
+        reference = fake if reference is None else reference            # the teacher with all its steps comes first
+        rows.append({"model": name, "steps": steps, "sampler": sampler,
+                     "fd": frechet_distance(real, features(teacher.net, fake, device)),
+                     "rmse_to_teacher": ((fake.float() - reference.float()) / 127.5).square().mean().sqrt().item()})
+        if fid:
+            fid.reset()
+            for part in fake.split(CHUNK):
+                fid.update(part.to(device).expand(-1, 3, -1, -1), real=False)
+            rows[-1]["fid"] = fid.compute().item()
+        if (name, steps) in models and sampler == "ddim":
+            pictures[name] = fake[:16]
+    return rows, pictures
+
+
+def table(stages, rows):
+    """The final table of a run, as text."""
+    cells = {(row["model"], row["sampler"], row["steps"]): row for row in rows}
+    lines = []
+    for measure in ["fd", "fid"] if "fid" in rows[0] else ["fd"]:
+        lines.append(f"{'steps':>7}{'distilled':>12}{'DDIM':>12}{'ancestral':>12}{'drift':>12}{'seconds':>12}   ({measure})")
+        for stage in stages:
+            n, student = stage["steps"], cells[stage["model"], "ddim", stage["steps"]]
+            values = (student[measure], cells["teacher", "ddim", n][measure], cells["teacher", "ancestral", n][measure],
+                      student["rmse_to_teacher"])
+            lines.append(f"{n:7}" + "".join(f"{value:12.4g}" for value in values) + f"{stage['seconds']:12.1f}")
+    return "\n".join(lines + ["fd: Fréchet distance to the data in the teacher's features, not the published FID; less is better",
+                              "drift: RMSE to the full-step teacher's pictures from the same noise, pixels from -1 to 1"])
+
+
+def tile(images, columns):
+    """uint8 (N, C, H, W) -> one array (rows * H, columns * W[, 3]), what is missing black."""
+    N, C, H, W = images.shape
+    images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -N % columns))
+    grid = images.reshape(-1, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(-1, columns * W, C)
+    return grid.numpy() if C == 3 else grid[..., 0].numpy()
+
+
+def plot_samples(pictures, models):
+    """samples.png: a row per model, the same noise in every row."""
+    from matplotlib.figure import Figure
+    size, columns = pictures["teacher"].shape[-1], len(pictures["teacher"])
+    figure = Figure(figsize=(0.5 * columns + 1.6, 0.5 * len(models) + 0.3), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    axes.imshow(tile(torch.cat([pictures[name] for name, _ in models]), columns), cmap="gray", vmin=0, vmax=255)
+    axes.set_yticks([(i + 0.5) * size - 0.5 for i in range(len(models))],
+                    [f"{name.split('-')[0]}, {n} step{'s' * (n > 1)}" for name, n in models])
+    axes.set(xticks=[], title="the same noise in every row")
+    return figure
+
+
+def plot_steps(rows):
+    """steps.png: distance against sampling steps."""
+    from matplotlib.figure import Figure
+    figure = Figure(figsize=(6, 4), dpi=130, layout="constrained")
+    axes = figure.add_subplot()
+    curves = {"teacher, ancestral sampler": ("tab:gray", lambda row: row["sampler"] == "ancestral"),
+              "teacher, DDIM": ("tab:blue", lambda row: row["model"] == "teacher" and row["sampler"] == "ddim"),
+              "distilled": ("tab:red", lambda row: row["model"] != "teacher")}
+    for label, (colour, chosen) in curves.items():
+        axes.plot(*zip(*((row["steps"], row["fd"]) for row in rows if chosen(row))), "o-", color=colour, label=label)
+    axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Fréchet distance (teacher's features)")
+    steps = sorted({row["steps"] for row in rows})
+    axes.set_xticks(steps, steps)
+    axes.minorticks_off()
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return figure
+
+
+# ------------------------------------------------------------------------------------------------------------
+# 10. Command line: settings, the files of a run, main
+# ------------------------------------------------------------------------------------------------------------
+COMMON = dict(stages=8, final_steps=1, substeps=2, param="v", weighting="truncated", seed=0, dropout=0.0, flip=False)
+SMALL = COMMON | dict(
+    width=32, mults=[1, 1], blocks=1, attention=[], batch_size=64, teacher_updates=2500, lr=2e-3, warmup=100,
+    ema=0.998, student_updates=180, student_lr=1e-3, eval_samples=512)
+MIDDLE = COMMON | dict(
+    width=32, mults=[1, 2, 2], blocks=1, attention=[4], batch_size=128, teacher_updates=10000, lr=1e-3, warmup=500,
+    ema=0.999, student_updates=750, student_lr=5e-4, eval_samples=1024)
+LARGE = COMMON | dict(
+    width=128, mults=[1, 2, 2, 2], blocks=2, attention=[2, 4], dropout=0.2, flip=True, batch_size=128,
+    teacher_updates=20000, lr=2e-4, warmup=1000, ema=0.9995, student_updates=1500, student_lr=1e-4, eval_samples=2048)
+LARGE_ON_CPU = LARGE | dict(width=32, dropout=0.0, teacher_updates=4000, student_updates=300, eval_samples=256)
+PRESETS = {"digits": SMALL, "mnist": MIDDLE, "fashion-mnist": MIDDLE, "cifar10": LARGE}      # a folder: LARGE
+SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+NOT_TRAINING = {"eval_samples", "fid", "device", "compile"}     # settings that leave the trained weights alone
+MAX_STEPS = 8192                                                # the paper's most
+SAVE_SECONDS = 20                                               # at least, from one latest.pt to the next
+
+
+def build(config, device):
+    """The Denoiser that a run's settings describe, with its first weights."""
+    set_seed(config["seed"], INIT)
+    channels = config["channels"]
+    net = UNet(channels, config["width"], config["mults"], config["blocks"], config["attention"], config["dropout"],
+               channels * (2 if config["param"] == "both" else 1))
+    return Denoiser(net, config["param"]).to(device, memory_format=torch.channels_last).eval()
+
+
+def write(path, save):
+    """Write what save(file) writes, whole or not at all."""
+    buffer, part = io.BytesIO(), path.with_name(path.name + ".part")
+    save(buffer)
+    try:
+        with open(part, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def write_json(path, content):
+    write(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
+
+
+def load_checkpoint(path, keys, remedy, device="cpu"):
+    """The dictionary in a file of torch.save that has these keys. Code hidden in the file is never run."""
+    try:
+        content = torch.load(path, map_location=device, weights_only=True)
+        return {key: content[key] for key in keys}
+    except Exception as error:                                  # whatever a missing, damaged or foreign file causes
+        what = "is not there" if isinstance(error, FileNotFoundError) else "is damaged or not of this kind"
+        raise Error(f"{path} {what} ({type(error).__name__}): {remedy}") from error
+
+
+def load_model(path, device="cpu"):
+    """(denoiser, info) from a teacher.pt or student-N.pt; info has its "name", "steps" and "config"."""
+    remedy = "give a teacher.pt or student-N.pt of a run"
+    info = load_checkpoint(path, ("name", "steps", "config", "model"), remedy, device)
+    try:
+        model = build(info["config"], device)
+        model.load_state_dict(info.pop("model"))
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
+        raise Error(f"{path} does not fit its own settings ({type(error).__name__}): {remedy}") from error
+    return model, info
+
+
+def prepare(out, config, restart):
+    """Make the folder of a run, or check that the run in it has these settings."""
+    settings, remedy = out / "config.json", "choose another --out, or overwrite it with --restart"
+    names = ("teacher.pt", "student-*.pt", "latest.pt", "log.csv", "results.json", "samples.png", "steps.png")
+    present = [file for name in names for file in out.glob(name)]
+    if restart:
+        for file in [settings, *present]:
+            file.unlink(missing_ok=True)
+    elif settings.exists():
+        try:
+            old = json.loads(settings.read_text())
+            other = [f"{key} is {old.get(key)} there, {config.get(key)} here" for key in sorted({*old, *config})
+                     if old.get(key) != config.get(key) and key not in NOT_TRAINING]
+        except (ValueError, TypeError, AttributeError) as error:
+            raise Error(f"{settings} is damaged: {remedy}") from error
+        if other:
+            raise Error(f"{out} holds a run with other settings ({'; '.join(other)}): {remedy}")
+    elif present:
+        raise Error(f"{out} holds {present[0].name}, but no config.json: {remedy}")
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(settings, config)
+
+
+def environment(device):
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
+    return {"device": device.type, "device_name": name, "cpus": os.cpu_count(), "processes": world(),
+            "torch": torch.__version__, "python": platform.python_version()}
+
+
+def training(config):
+    return {key: config[key] for key in ("substeps", "weighting", "batch_size", "warmup", "ema", "flip", "seed")}
+
+
+def run(config, images, out, device, restart):
+    """Train the teacher, distill stage by stage, evaluate. The first process writes all the files of a run, here."""
+    first, substeps = rank() == 0, config["substeps"]
+    clocks = [config["final_steps"] * substeps**k for k in range(config["stages"], -1, -1)]         # e.g. 256, ..., 1
+    models = [(f"student-{steps}" if stage else "teacher", steps) for stage, steps in enumerate(clocks)]
+    fid = inception(device) if config["fid"] else None
+    if first:
+        prepare(out, config, restart)
+    barrier()
+    state = {"stage": 0, "stages": [], "rows": [], "train": None, "seconds": 0.0}                   # latest.pt
+    if (out / "results.json").exists():
+        results = json.loads((out / "results.json").read_text())
+        if all(results["config"][key] == config[key] for key in ("eval_samples", "fid")):
+            return first and print(table(results["stages"], results["evaluation"]),
+                                   f"{out} is finished; --restart runs it again", sep="\n")
+        state |= {"stage": len(models), "stages": results["stages"]}
+    elif (out / "latest.pt").exists():
+        state = load_checkpoint(out / "latest.pt", state, "start the run again with --restart", device)
+        if first:
+            print("continuing", (models + [("the evaluation", 0)])[state["stage"]][0])
+
+    def load(name):
+        return load_model(out / f"{name}.pt", device)[0]
+
+    def save(rows):
+        if first:
+            lines = [",".join(map(str, row)) for row in [("model", "update", "loss", "grad_norm", "lr"), *rows]]
+            write(out / "log.csv", lambda file: file.write(("\n".join(lines) + "\n").encode()))
+            write(out / "latest.pt", lambda file: torch.save(state, file))
+
+    data = images.to(device)
+    for stage, (name, steps) in list(enumerate(models))[state["stage"]:]:
+        model, teacher, updates, lr = build(config, device), None, config["teacher_updates"], config["lr"]
+        if stage:                                               # a student starts as a copy of its teacher
+            teacher, updates, lr = load(models[stage - 1][0]), config["student_updates"], config["student_lr"]
+            model.load_state_dict(teacher.state_dict())
+        if config["compile"]:
+            for module in (model, teacher) if teacher else (model,):
+                module.net.compile()
+        began = time.monotonic() - state["seconds"]
+        saved = time.monotonic()
+
+        def report(progress):
+            nonlocal saved
+            if time.monotonic() - saved > SAVE_SECONDS:
+                state.update(train=progress, seconds=time.monotonic() - began)
+                save(state["rows"] + [[name, *row.values()] for row in progress["rows"]])
+                saved = time.monotonic()
+        rows = train(model, data, updates, teacher=teacher, steps=steps, lr=lr, stage=stage, title=name,
+                     resume=state["train"], report=report, **training(config))
+        seconds = time.monotonic() - began
+        result = {"model": name, "steps": steps, "updates": updates, "seconds": seconds,
+                  "images_per_second": updates * config["batch_size"] / seconds, "loss": rows[-1]["loss"]}
+        content = {"name": name, "steps": steps, "config": config, "model": model.state_dict()}
+        if first:
+            write(out / f"{name}.pt", lambda file: torch.save(content, file))
+            print(f"{name:12}{steps:6} steps{updates:8} updates{seconds:9.1f} s   loss {rows[-1]['loss']:.5f}")
+        state.update(stage=stage + 1, stages=state["stages"] + [result], train=None, seconds=0.0,
+                     rows=state["rows"] + [[name, *row.values()] for row in rows])
+        save(state["rows"])
+        barrier()
+
+    evaluation, pictures = evaluate(models, load, images, config, device, fid)
+    if first:
+        results = {"config": config, "environment": environment(device), "stages": state["stages"],
+                   "evaluation": evaluation}
+        write(out / "samples.png", plot_samples(pictures, models).savefig)
+        write(out / "steps.png", plot_steps(evaluation).savefig)
+        write_json(out / "results.json", results)
+        (out / "latest.pt").unlink(missing_ok=True)
+        print(table(state["stages"], evaluation))
+
+
+def sample_to_file(args, device):
+    """--sample: pictures from a checkpoint into a grid (.png), an array (.npz) or a folder of PNG files."""
+    from PIL import Image
+    model, info = load_model(args.sample, device)
+    steps, out, size = args.steps or info["steps"], Path(args.out or "grid.png"), info["config"]["size"]
+    if info["name"] != "teacher" and info["steps"] % steps:
+        raise Error(f"{args.sample} knows the clock of {info['steps']} steps: give --steps that divide it, not {steps}")
+    if out.is_dir() and (out.suffix in (".png", ".npz") or any(out.iterdir())):
+        raise Error(f"{out} is a folder already: give --out a new or empty one, a .png or an .npz")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    images = generate(model, args.num or 64, (info["config"]["channels"], size, size), steps, args.sampler or "ddim",
+                      args.seed or 0, device)
+    if out.suffix == ".npz":
+        write(out, lambda file: np.savez_compressed(file, images.permute(0, 2, 3, 1).numpy()))
+    elif out.suffix == ".png":
+        grid, scale = tile(images, math.ceil(len(images) ** 0.5)), max(1, 32 // size)
+        write(out, lambda file: Image.fromarray(grid.repeat(scale, 0).repeat(scale, 1)).save(file, "png"))
+    else:
+        part = out.with_name(out.name + ".part")
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        try:
+            for i, image in enumerate(images):
+                Image.fromarray(tile(image[None], 1)).save(part / f"{i:06}.png")
+            os.replace(part, out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    print(f"{len(images)} pictures, {steps} step{'s' * (steps > 1)} each: {out}")
+
+
+def benchmark(config, images, device, out):
+    """--benchmark: the speed of training and sampling, and its share of what this machine can do at its best."""
+    cuda = device.type == "cuda"
+    kind = torch.bfloat16 if cuda else torch.float32
+
+    def seconds(job, budget=1.0):
+        """Median seconds of one round of job(n), which does n rounds; five repeats after a warm-up."""
+        def timed(n):
+            start = time.perf_counter()
+            job(n)
+            if cuda:
+                torch.cuda.synchronize()
+            return (time.perf_counter() - start) / n
+        n = max(1, round(budget / min(timed(1), timed(1))))
+        return statistics.median(timed(n) for _ in range(5))
+
+    def rounds(function):
+        return lambda n: [function() for _ in range(n)]
+
+    def best(flops_and_jobs):
+        with torch.no_grad():
+            return max(flops / seconds(rounds(job), 0.2) / 1e12 for flops, job in flops_and_jobs)
+
+    matrices = [torch.randn(n, n, device=device, dtype=kind) for n in ((4096, 8192, 16384) if cuda else (1024, 2048))]
+    B, layers = config["batch_size"], []
+    for width, size in ((32, 8), (64, 8), (128, 16), (256, 16)):
+        h = torch.randn(B, width, size, size, device=device, dtype=kind).to(memory_format=torch.channels_last)
+        conv = nn.Conv2d(width, width, 3, padding=1).to(device, kind, memory_format=torch.channels_last)
+        layers.append((2 * 9 * B * (width * size) ** 2, lambda conv=conv, h=h: conv(h)))
+    ceilings = {"matmul": best((2 * len(a) ** 3, lambda a=a: a @ a) for a in matrices), "conv": best(layers)}
+
+    model, teacher, data, rows = build(config, device), build(config, device), images.to(device), []
+    for name, num, job in (
+            ("teacher update", B, lambda n: train(model, data, n, **training(config))),
+            ("student update", B, lambda n: train(model, data, n, teacher=teacher, steps=4, **training(config))),
+            ("sampling, 1 step", CHUNK, rounds(lambda: generate(model, CHUNK, images.shape[1:], 1, device=device))),
+            ("sampling, 256 steps", CHUNK, rounds(lambda: generate(model, CHUNK, images.shape[1:], 256, device=device)))):
+        with FlopCounterMode(display=False) as counter:
+            job(1)
+        began = time.monotonic()
+        if config["compile"] and not rows:
+            model.net.compile()
+            teacher.net.compile()
+        job(1)
+        first = time.monotonic() - began
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        each = seconds(job)
+        tflops = counter.get_total_flops() / each / 1e12
+        memory = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        rows.append({"job": name, "images_per_second": num / each, "tflops": tflops, "peak_memory_gb": memory / 1e9,
+                     **{f"share_of_{key}": tflops / value for key, value in ceilings.items()},
+                     "compile_seconds": max(0, first - each) if config["compile"] else 0})
+        print(f"{name:20}{num / each:12,.0f} images/s{tflops:9.3f} TFLOP/s, {tflops / ceilings['matmul']:.0%} of the "
+              f"best matmul, {tflops / ceilings['conv']:.0%} of the best conv, peak {memory / 1e9:.2f} GB")
+    write_json(out, {"config": config, "environment": environment(device), "ceilings_tflops": ceilings, "rows": rows})
+    print(f"best matmul {ceilings['matmul']:.3f}, best 3x3 conv {ceilings['conv']:.3f} TFLOP/s ({kind}); all in {out}")
+
+
+class Parser(argparse.ArgumentParser):
+    def error(self, message):                                   # one line, like every other error
+        raise Error(message)
+
+
+def number(kind, low, high):
+    """An argparse type: a number from low to high."""
+    def parse(text):
+        with contextlib.suppress(ValueError):
+            if low <= kind(text) <= high:
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number from {low:g} to {high:g}")
+    return parse
+
+
+def parse_args(argv):
+    """The command line; what is not given is None and comes from the preset."""
+    parser = Parser("pd.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
+                    allow_abbrev=False)
+    count, steps, rate = number(int, 1, 10**9), number(int, 1, MAX_STEPS), number(float, 1e-9, 1e9)
+    both, training, sampling = (parser.add_argument_group(name) for name in ("always", "training", "with --sample"))
+    for group, name, options in (
+            (both, "--seed", dict(type=number(int, 0, 2**32 - 1))),
+            (both, "--device", dict(help="cpu, cuda or cuda:N; default: a GPU if there is one")),
+            (both, "--out", dict(help="the run's folder; with --sample a .png, an .npz or a folder")),
+            (training, "--dataset", dict(help="digits (default), mnist, fashion-mnist, cifar10 or a folder")),
+            (training, "--data-dir", dict(help="where downloads are kept, default data")),
+            (training, "--size", dict(type=number(int, 2, 1024), help="resize and crop the pictures to a square")),
+            (training, "--stages", dict(type=number(int, 1, 13), help="how often to distill")),
+            (training, "--final-steps", dict(type=steps, help="sampling steps of the last student")),
+            (training, "--substeps", dict(type=number(int, 2, MAX_STEPS), help="the teacher's steps for one of the student")),
+            (training, "--param", dict(choices=PARAMS, help="what the network predicts")),
+            (training, "--weighting", dict(choices=WEIGHTINGS, help="the weight of the x-error")),
+            (training, "--teacher-updates", dict(type=count)),
+            (training, "--student-updates", dict(type=count, help="in each stage")),
+            (training, "--batch-size", dict(type=number(int, 1, 16384), help="of all processes together")),
+            (training, "--width", dict(type=number(int, 4, 2048), help="channels of the UNet at full resolution")),
+            (training, "--lr", dict(type=rate)),
+            (training, "--student-lr", dict(type=rate)),
+            (training, "--eval-samples", dict(type=number(int, 2, 10**6), help="pictures of each model to evaluate")),
+            (training, "--restart", dict(action="store_true", default=None, help="overwrite the run in the folder")),
+            (training, "--fid", dict(action="store_true", default=None, help="also the published FID (torchmetrics)")),
+            (training, "--compile", dict(action=argparse.BooleanOptionalAction, help="torch.compile; default on a GPU")),
+            (training, "--benchmark", dict(action="store_true", default=None, help="measure the speed, train nothing")),
+            (sampling, "--sample", dict(metavar="CKPT", help="draw pictures from a checkpoint, train nothing")),
+            (sampling, "--num", dict(type=number(int, 1, 10**6), help="how many pictures, default 64")),
+            (sampling, "--steps", dict(type=steps, help="sampling steps, default the checkpoint's own")),
+            (sampling, "--sampler", dict(choices=SAMPLERS, help="default ddim"))):
+        group.add_argument(name, **options)
+    args = parser.parse_args(argv)
+    for action in (training if args.sample else sampling)._group_actions:
+        if getattr(args, action.dest) is not None:
+            raise Error(f"{action.option_strings[0]} {'does not go with' if args.sample else 'needs'} --sample")
+    return args
+
+
+def settings(args, images, device):
+    """The config of a run: the preset, what the command line says instead, and the shape of the data."""
+    preset = PRESETS.get(args.dataset, LARGE)
+    if preset is LARGE and device.type == "cpu":
+        preset = LARGE_ON_CPU
+    config = preset | {key: value for key, value in vars(args).items() if key in preset and value is not None}
+    config |= {"dataset": args.dataset, "images": len(images), "channels": images.shape[1], "size": images.shape[2],
+               "fid": bool(args.fid), "device": device.type,
+               "compile": device.type == "cuda" if args.compile is None else args.compile}
+    if config["final_steps"] * config["substeps"] ** config["stages"] > MAX_STEPS:
+        raise Error(f"the teacher would need more than {MAX_STEPS} sampling steps (final-steps x substeps^stages): "
+                    "lower one of the three")
+    if config["batch_size"] < world():
+        raise Error(f"--batch-size {config['batch_size']} leaves a process without work: give at least {world()}")
+    with torch.no_grad():                                       # raises where the network can't halve the pictures
+        build(config, torch.device("cpu"))(images[:1].float(), 1.0)
+    return config
+
+
+def choose_device(name):
+    found = torch.cuda.device_count()
+    name = name or ("cuda" if found else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name not in ("cpu", *(f"cuda:{i}" for i in range(found))):
+        raise Error(f"no device {name!r} here: give cpu" + (f" or cuda:0 to cuda:{found - 1}" if found else ""))
+    return torch.device(name)
+
+
+def main(argv=None):
+    """The command line. Wrong input ends with status 2 and one line, Ctrl-C with 130."""
+    try:
+        args = parse_args(argv)
+        device = choose_device(args.device)
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if args.sample:
+            return sample_to_file(args, device)
+        if "WORLD_SIZE" in os.environ:                          # started by torchrun
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        args.dataset = args.dataset or "digits"
+        if args.benchmark:
+            shape = SHAPES.get(args.dataset, (3, args.size or 32, args.size or 32))
+            images = torch.randint(256, (1024, *shape), dtype=torch.uint8)
+            out = Path(args.out or f"runs/benchmark-{args.dataset}-{device.type}.json")
+            return benchmark(settings(args, images, device), images, device, out)
+        for turn in range(min(2, world())):                     # the first process downloads, then the others load
+            if turn == min(1, rank()):
+                images, _ = load_dataset(args.dataset, args.data_dir or "data", args.size)
+            barrier()
+        config = settings(args, images, device)
+        out = Path(args.out or Path("runs", Path(args.dataset).resolve().name))
+        if rank() == 0:
+            print(f"{args.dataset}: {len(images)} pictures of {'x'.join(map(str, images.shape[1:]))}; run in {out}")
+        run(config, images, out, device, args.restart)
+    except KeyboardInterrupt:
+        print("pd.py: stopped; the same command continues where it last saved", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+        print(f"pd.py: error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
