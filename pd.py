@@ -1,11 +1,11 @@
-"""pd.py: Progressive Distillation for Fast Sampling of Diffusion Models (Salimans & Ho, ICLR 2022), in one file.
+"""pd.py: Progressive Distillation for Fast Sampling of Diffusion Models (Salimans & Ho, 2022), in one file.
 
-    python pd.py                                   # real handwritten digits, 256 -> 1 steps, minutes on two CPU cores
+    python pd.py                                   # real handwritten digits, 256 -> 1 steps, on two CPU cores
     python pd.py --dataset cifar10 --stages 8      # the same on CIFAR-10, for a GPU
     python pd.py --sample runs/digits/student-1.pt --num 64 --out grid.png
 
-Read it from top to bottom. Parts 1 to 5 are the paper: any tensor shape, no devices, no files, no flags. Parts 6 to 10
-are the engineering. Section, equation and algorithm numbers are the paper's (arXiv:2202.00512).
+Read it from top to bottom. Parts 1 to 5 are the paper: tensors of any shape, no devices, files or flags. Parts 6
+to 10 are the engineering. Sections, equations and algorithms are numbered as in the paper, arXiv:2202.00512.
 """
 import argparse, contextlib, io, json, math, os, platform, resource, shutil, statistics, sys, time
 from itertools import pairwise
@@ -22,22 +22,22 @@ from tqdm import tqdm
 # ------------------------------------------------------------------------------------------------------------
 # 1. Schedule: what is z_t?
 #
-# A noisy picture is z_t = α_t x + σ_t ε with ε ~ N(0, I). The clock t runs from 0 (data) to 1 (noise), and (α_t, σ_t)
-# walks a quarter of the unit circle: α² + σ² = 1, the variance-preserving cosine schedule (Section 2, Section 3.1).
-# The quarter stops just short of both ends, so that the log-SNR stays within [-20, 20] and nothing divides by zero.
+# A noisy picture: z_t = α_t x + σ_t ε with ε ~ N(0, I). The clock t runs from 0 (data) to 1 (noise) while
+# (α_t, σ_t) walks a quarter of the unit circle: α² + σ² = 1, the variance-preserving cosine schedule (Sections
+# 2 and 3). It stops just short of both ends: the log-SNR stays in [-20, 20] and nothing is divided by zero.
 # ------------------------------------------------------------------------------------------------------------
-FIRST_ANGLE = math.atan(math.exp(-10))     # at t = 0; at t = 1 the angle is arctan(e^10) = π/2 - FIRST_ANGLE
+FIRST_ANGLE = math.atan(math.exp(-10))          # at t = 0; at t = 1 it is arctan(e^10) = π/2 - FIRST_ANGLE
 
 
 def alpha_sigma(t):
-    """(α_t, σ_t), each of t's shape: the cosine and sine of an angle that is linear in t. Section 3.1.
+    """(α_t, σ_t), each of t's shape: the cosine and the sine of an angle that is linear in t. Section 3.
 
-    t: float or (B,) tensor in [0, 1]. A float gives float64 scalars, which leave the type of what they multiply alone.
+    t: float or (B,) tensor in [0, 1]. A float gives float64 scalars; they leave the type of what they multiply.
     """
     if not torch.is_tensor(t):
         t = torch.tensor(t, dtype=torch.float64)
     span = math.pi / 2 - 2 * FIRST_ANGLE
-    # cos(angle_t) = sin(π/2 - angle_t) = sin(angle_{1-t}): near t = 1 the sine keeps the digits that the cosine loses
+    # cos(angle at t) = sin(angle at 1 - t), and in float32 the sine keeps the digits of an α that is almost 0
     return torch.sin(FIRST_ANGLE + span * (1 - t)), torch.sin(FIRST_ANGLE + span * t)
 
 
@@ -48,43 +48,43 @@ def log_snr(t):
 
 
 def alpha_sigma_for(z, t):
-    """(α_t, σ_t) shaped to multiply z: (B,) becomes (B, 1, ..., 1), a scalar stays one."""
+    """(α_t, σ_t) in a shape to multiply z with: (B,) becomes (B, 1, ..., 1), a scalar stays one."""
     return [a.reshape(-1, *[1] * (z.ndim - 1)) if a.ndim else a for a in alpha_sigma(t)]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # 2. Parameterizations: what does the network predict?
 #
-# Given z_t, knowing x is knowing ε: z = α x + σ ε is one line, and x, ε and v are three ways to name a point on it. In
-# exact arithmetic the choice does not matter. In practice it decides how an error of the network is amplified: x̂ from
-# an ε-network carries the factor σ/α, which is e^10 at t = 1, where a one-step student does all its work (Section 4).
+# Given z_t, to know x is to know ε, for z_t = α x + σ ε: in exact arithmetic it does not matter which of x, ε or
+# v the network predicts. In practice it decides how the network's errors are amplified: the x̂ of an ε-network
+# carries σ/α times its error, which is e^10 at t = 1, where a one-step student does all its work (Section 4).
 # ------------------------------------------------------------------------------------------------------------
 PARAMS = ("v", "eps", "x", "both")
 
 
 def to_x_eps(out, z, t, param):
-    """(x̂, ε̂), each (B, *dims), from the raw network output. Section 4.
+    """(x̂, ε̂), each (B, *dims), from the raw output of the network. Section 4.
 
-    out: (B, *dims), or (B, 2C, ...) for "both"; z: (B, *dims); t: float or (B,). ValueError for an unknown param.
+    out: (B, *dims), for "both" (B, 2C, ...); z: (B, *dims); t: float or (B,). ValueError for an unknown param.
     """
     alpha, sigma = alpha_sigma_for(z, t)
-    if param == "v":                                    # v = α ε - σ x: the velocity dz/d(angle) on the circle
+    if param == "v":                            # v = α ε - σ x, the velocity of z on the circle (Appendix D)
         return alpha * z - sigma * out, sigma * z + alpha * out
     if param == "eps":
         return (z - sigma * out) / alpha, out
     if param == "x":
         return out, (z - alpha * out) / sigma
-    if param == "both":                                 # x̂ = σ² x̃ + α (z - σ ε̃): trusts x̃ in the noise, ε̃ near the data
+    if param == "both":                         # x̂ is mostly x̃ where there is noise, mostly from ε̃ near the data
         x_out, eps_out = out.chunk(2, dim=1)
         x_hat = sigma**2 * x_out + alpha * (z - sigma * eps_out)
-        return x_hat, alpha**2 * eps_out + sigma * (z - alpha * x_out)    # = (z - α x̂) / σ, without dividing
+        return x_hat, alpha**2 * eps_out + sigma * (z - alpha * x_out)          # (z - α x̂) / σ, multiplied out
     raise ValueError(f"param must be one of {', '.join(PARAMS)}, not {param!r}")
 
 
 class Denoiser(nn.Module):
-    """denoiser(z, t) -> (x̂, ε̂) from any network net(z, t) that gets t as a (B,) tensor. Section 4.
+    """denoiser(z, t) -> (x̂, ε̂), from any network net(z, t) that gets t as a (B,) tensor. Section 4.
 
-    This is the interface of everything below: a `model` or `teacher` is any callable (z, t) -> (x̂, ε̂).
+    All below asks no more of a `model` or a `teacher`: a callable (z, t) -> (x̂, ε̂), trained or in closed form.
     """
 
     def __init__(self, net, param="v"):
@@ -101,14 +101,14 @@ class Denoiser(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # 3. Loss weights: which error counts how much?
 #
-# All losses are w(λ) ||x - x̂||². As ε - ε̂ = -(α/σ) (x - x̂), the usual ε-loss has w = α²/σ² = SNR. It vanishes at t = 1
-# and would teach a one-step student nothing; the paper keeps it from falling below 1 (Section 4).
+# Every loss is w(λ_t) ‖x - x̂‖². Because ε - ε̂ = -(α/σ)(x - x̂), the usual ‖ε - ε̂‖² has w = α²/σ² = SNR. At t = 1
+# that is e^-20: a one-step student would learn nothing. The paper lets w not fall below 1 (Section 4).
 # ------------------------------------------------------------------------------------------------------------
 WEIGHTINGS = {
-    "truncated": lambda snr: snr.clamp(min=1),          # max(SNR, 1): the larger of the x-loss and the ε-loss
-    "snr+1": lambda snr: snr + 1,                       # ||v - v̂||²: their sum, as 1 + α²/σ² = 1/σ²
-    "snr": lambda snr: snr,                             # ||ε - ε̂||²
-    "constant": lambda snr: torch.ones_like(snr),       # ||x - x̂||²
+    "truncated": lambda snr: snr.clamp(min=1),          # max(SNR, 1), the larger of ‖x - x̂‖² and ‖ε - ε̂‖²
+    "snr+1": lambda snr: snr + 1,                       # ‖v - v̂‖², their sum
+    "snr": lambda snr: snr,                             # ‖ε - ε̂‖²
+    "constant": lambda snr: torch.ones_like(snr),       # ‖x - x̂‖²
 }
 
 
@@ -120,9 +120,9 @@ def loss_weight(t, weighting):
 
 
 def weighted_loss(model, x_target, z, t, weighting):
-    """(B,): w(λ_t) times the mean squared x-error of each example. Equation 9 and Section 4.
+    """(B,): w(λ_t) times the mean squared x-error of each example. Section 4.
 
-    x_target, z: (B, *dims); t: float or (B,). x_target is the data for a teacher, x̃ for a student.
+    x_target, z: (B, *dims), the target being x for a teacher and x̃ for a student; t: float or (B,).
     """
     x_hat, _ = model(z, t)
     return loss_weight(t, weighting) * (x_target - x_hat).square().reshape(len(z), -1).mean(1)
@@ -131,33 +131,33 @@ def weighted_loss(model, x_target, z, t, weighting):
 # ------------------------------------------------------------------------------------------------------------
 # 4. Sampling: how do predictions become a picture?
 #
-# The noise is removed along the probability-flow ODE, which in the (α, σ) plane reads dz = x̂ dα + ε̂ dσ (Section 2.2,
-# Appendix B). DDIM is its Euler step: hold x̂ and ε̂, move α and σ. Heun averages x̂ and ε̂ over both ends of the step.
-# The ancestral sampler instead draws from the posterior q(z_s | z_t, x = x̂).
+# The probability-flow ODE takes the noise away. In the plane of α and σ it reads dz = x̂ dα + ε̂ dσ (Appendix B).
+# DDIM is its Euler step: hold x̂ and ε̂ and move α and σ. Heun takes the mean of x̂ and ε̂ at both ends of the
+# step. The ancestral sampler is no ODE: it draws z_s from the posterior that an exact x̂ would give (Section 2).
 # ------------------------------------------------------------------------------------------------------------
 SAMPLERS = ("ddim", "ancestral", "heun")
 
 
 def ddim_step(x_hat, eps_hat, s):
-    """z_s = α_s x̂ + σ_s ε̂, (B, *dims): the same x̂ and ε̂, less noise. Equation 8."""
+    """z_s = α_s x̂ + σ_s ε̂, (B, *dims): the same x̂ and ε̂, with less noise. Section 2."""
     alpha, sigma = alpha_sigma_for(x_hat, s)
     return alpha * x_hat + sigma * eps_hat
 
 
 def ancestral_step(x_hat, z, t, s, noise_scale=1.0):
-    """A draw z_s, (B, *dims), from the posterior q(z_s | z_t = z, x = x̂) for s < t. Equations 3 to 5.
+    """A draw of z_s, (B, *dims), from the posterior q(z_s | z_t = z, x = x̂), where s < t. Section 2.
 
-    noise_scale: in [0, 1], interpolates the log-variance from its lower bound (0) to its upper bound (1).
+    noise_scale in [0, 1] interpolates the log of the variance between its lower (0) and its upper bound (1).
     """
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma_for(z, t), alpha_sigma_for(z, s)
-    snr_ratio = (alpha_t * sigma_s / (sigma_t * alpha_s))**2                                # e^(λ_t - λ_s) < 1
-    mean = snr_ratio * (alpha_s / alpha_t) * z + (1 - snr_ratio) * alpha_s * x_hat
-    std = (1 - snr_ratio).sqrt() * sigma_s**(1 - noise_scale) * sigma_t**noise_scale
+    ratio = (alpha_t / sigma_t * sigma_s / alpha_s)**2                          # e^(λ_t - λ_s), below 1
+    mean = ratio * (alpha_s / alpha_t) * z + (1 - ratio) * alpha_s * x_hat
+    std = (1 - ratio).sqrt() * sigma_s**(1 - noise_scale) * sigma_t**noise_scale
     return mean + std * torch.randn_like(z)
 
 
 def heun_step(model, x_hat, eps_hat, z, t, s):
-    """z_s, (B, *dims): dz = x̂ dα + ε̂ dσ by the trapezoidal rule. A second call of the model, at the DDIM step's end."""
+    """z_s, (B, *dims): dz = x̂ dα + ε̂ dσ by the trapezoidal rule, with a second call of the model at s."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma_for(z, t), alpha_sigma_for(z, s)
     x_end, eps_end = model(ddim_step(x_hat, eps_hat, s), s)
     return z + (alpha_s - alpha_t) * (x_hat + x_end) / 2 + (sigma_s - sigma_t) * (eps_hat + eps_end) / 2
@@ -165,10 +165,10 @@ def heun_step(model, x_hat, eps_hat, z, t, s):
 
 @torch.no_grad()
 def sample(model, z, steps, sampler="ddim", clip=False, noise_scale=1.0):
-    """x, (B, *dims), from noise z = z_1: visits t = 1, 1 - 1/N, ..., 0 with N = steps. Section 2 and Algorithm 2.
+    """x, (B, *dims), from noise z: visits t = 1, 1 - 1/N, ..., 0, where N = steps. Section 2.
 
-    clip: limit x̂ to [-1, 1] and recompute ε̂. noise_scale: see `ancestral_step`. The last step is always DDIM's: there is
-    no noise left to add, and at t = 0 no second prediction to be had. ValueError for an unknown sampler or steps < 1.
+    clip: limit x̂ to [-1, 1] and recompute ε̂; noise_scale: see ancestral_step. Every sampler ends with a DDIM step,
+    as there is no noise to add at t = 0. ValueError for an unknown sampler or steps < 1.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {sampler!r}")
@@ -177,15 +177,12 @@ def sample(model, z, steps, sampler="ddim", clip=False, noise_scale=1.0):
 
     def predict(z, t):
         x_hat, eps_hat = model(z, t)
-        if clip:
-            x_hat = x_hat.clamp(-1, 1)
-            _, eps_hat = to_x_eps(x_hat, z, t, "x")
-        return x_hat, eps_hat
+        return to_x_eps(x_hat.clamp(-1, 1), z, t, "x") if clip else (x_hat, eps_hat)
 
     for i in range(steps, 0, -1):
         t, s = i / steps, (i - 1) / steps
         x_hat, eps_hat = predict(z, t)
-        if s == 0 or sampler == "ddim":
+        if sampler == "ddim" or s == 0:
             z = ddim_step(x_hat, eps_hat, s)
         elif sampler == "ancestral":
             z = ancestral_step(x_hat, z, t, s, noise_scale)
@@ -197,27 +194,27 @@ def sample(model, z, steps, sampler="ddim", clip=False, noise_scale=1.0):
 # ------------------------------------------------------------------------------------------------------------
 # 5. Distillation: what does the student learn?
 #
-# The student's one step must end where the teacher's two end. Algorithm 2 solves α_s x̃ + (σ_s/σ_t)(z_t - α_t x̃) = z_s:
-#     x̃ = (z_s - (σ_s/σ_t) z_t) / (α_s - (σ_s/σ_t) α_t)
-# Divide the DDIM step by σ instead, and it reads z_s/σ_s = z_t/σ_t + (α_s/σ_s - α_t/σ_t) x̂. Steps add up, so x̃ is a mean
-# of the teacher's own predictions on its way, each weighted by the change of α/σ in its step: the same x̃, and no
-# difference of nearly equal numbers. Nothing of the data or of its noise is left in x̃ but through z_t, so it is sharp.
+# One step of the student shall end where two of the teacher end. Algorithm 2 solves this for the x̃ to predict:
+#     α_s x̃ + σ_s (z_t - α_t x̃) / σ_t = z_s    =>    x̃ = (z_s - (σ_s/σ_t) z_t) / (α_s - (σ_s/σ_t) α_t)
+# Divided by σ, a DDIM step is z_s/σ_s = z_t/σ_t + (α_s/σ_s - α_t/σ_t) x̂. So steps add up, and x̃ is a mean of what
+# the teacher predicts on its way, weighted by how α/σ grows: the same x̃ without a difference of almost equal
+# numbers. Given z_t, nothing about x̃ is left to chance. That is why it is sharp where E[x | z_t] is blurry.
 # ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def distill_target(teacher, z, t, s, substeps=2):
-    """x̃, (B, *dims): one DDIM step with it from z = z_t to z_s lands where `substeps` of the teacher land. Algorithm 2.
+    """x̃, (B, *dims): a DDIM step with it from z_t = z to z_s ends where `substeps` of the teacher do. Algorithm 2.
 
     t, s: floats or (B,) tensors, s < t. ValueError for substeps < 1.
     """
     if substeps < 1:
         raise ValueError(f"substeps must be at least 1, not {substeps}")
 
-    def alpha_over_sigma(u):
-        alpha, sigma = alpha_sigma_for(z, u)
+    def alpha_over_sigma(t):
+        alpha, sigma = alpha_sigma_for(z, t)
         return alpha / sigma
 
     x_tilde = torch.zeros_like(z)
-    times = [(t * (substeps - i) + s * i) / substeps for i in range(substeps + 1)]      # t, ..., s: t' then t''
+    times = [(t * (substeps - i) + s * i) / substeps for i in range(substeps + 1)]      # t, then t', then t'' = s
     for start, end in pairwise(times):
         x_hat, eps_hat = teacher(z, start)
         x_tilde = x_tilde + (alpha_over_sigma(end) - alpha_over_sigma(start)) * x_hat
@@ -228,21 +225,25 @@ def distill_target(teacher, z, t, s, substeps=2):
 # ------------------------------------------------------------------------------------------------------------
 # 6. Network
 #
-# The UNet of DDPM and its heirs: residual blocks with GroupNorm, scale-and-shift conditioning on t, self-attention at
-# chosen resolutions, skip connections. The last layer of each block and of the network starts at zero: a fresh network
-# with v-prediction says v = 0, that is x̂ = α z. It computes in bfloat16 on a GPU; everything around it is float32.
+# The UNet of DDPM and its heirs: residual blocks with GroupNorm that t scales and shifts, self-attention at chosen
+# resolutions, skip connections. The last layer of every block and of the network starts at zero, so that a fresh
+# v-network says v = 0, that is x̂ = α z. On a GPU it computes in bfloat16; everything around it is float32.
 # ------------------------------------------------------------------------------------------------------------
-EMBEDDING = 128
+EMBEDDING = 128                                 # numbers that describe t to the network
 
 
 def time_embedding(t, dim):
-    """(B, dim): cosines and sines of 1000 t at dim/2 frequencies from 1 down to almost 1/10000, for t (B,) in [0, 1]."""
+    """(B, dim): cosines, then sines of 1000 t at dim / 2 frequencies from 1 down to almost 1/10000; t is (B,)."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = 1000 * t[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
 
-def group_norm(width):
+def conv3(width_in, width_out, stride=1):
+    return nn.Conv2d(width_in, width_out, 3, stride, padding=1)
+
+
+def norm(width):
     return nn.GroupNorm(math.gcd(width, 8), width)
 
 
@@ -256,52 +257,51 @@ class Attention(nn.Module):
     def __init__(self, width):
         super().__init__()
         self.heads = width // 64 if width % 64 == 0 else 1
-        self.norm, self.qkv, self.out = group_norm(width), nn.Conv2d(width, 3 * width, 1), zero(nn.Conv2d(width, width, 1))
+        self.norm, self.qkv = norm(width), nn.Conv2d(width, 3 * width, 1)
+        self.out = zero(nn.Conv2d(width, width, 1))
 
     def forward(self, h):
         B, C, H, W = h.shape
-        q, k, v = self.qkv(self.norm(h)).reshape(B, 3, self.heads, C // self.heads, H * W).transpose(-1, -2).unbind(1)
-        out = F.scaled_dot_product_attention(q, k, v)                   # (B, heads, H W, C / heads)
+        qkv = self.qkv(self.norm(h)).reshape(B, 3, self.heads, C // self.heads, H * W)
+        out = F.scaled_dot_product_attention(*qkv.transpose(-1, -2).unbind(1))          # (B, heads, H W, C / heads)
         return h + self.out(out.transpose(-1, -2).reshape(B, C, H, W))
 
 
 class ResBlock(nn.Module):
     def __init__(self, width_in, width_out, embedding, dropout, attend):
         super().__init__()
-        self.norm1, self.conv1 = group_norm(width_in), nn.Conv2d(width_in, width_out, 3, padding=1)
+        self.norm1, self.conv1 = norm(width_in), conv3(width_in, width_out)
         self.scale_shift = nn.Linear(embedding, 2 * width_out)
-        self.norm2, self.dropout = group_norm(width_out), nn.Dropout(dropout)
-        self.conv2 = zero(nn.Conv2d(width_out, width_out, 3, padding=1))
+        self.norm2, self.dropout, self.conv2 = norm(width_out), nn.Dropout(dropout), zero(conv3(width_out, width_out))
         self.skip = nn.Conv2d(width_in, width_out, 1) if width_in != width_out else nn.Identity()
         self.attention = Attention(width_out) if attend else nn.Identity()
 
-    def forward(self, h, embedding):
-        scale, shift = self.scale_shift(embedding)[:, :, None, None].chunk(2, dim=1)
+    def forward(self, h, emb):
+        scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
         out = self.norm2(self.conv1(F.silu(self.norm1(h)))) * (1 + scale) + shift
         return self.attention(self.skip(h) + self.conv2(self.dropout(F.silu(out))))
 
 
 class UNet(nn.Module):
-    """net(z, t): (B, channels, H, W), (B,) -> (B, out_channels, H, W). Section 5's network, smaller.
+    """net(z, t): (B, channels, H, W) and (B,) -> (B, out_channels, H, W). The network of Section 5, smaller.
 
     width: channels at full resolution; mults: their multiple at each halving; blocks: residual blocks a resolution;
-    attention: the down-sampling factors that attend; out_channels: default `channels`, twice that for "both".
+    attention: down-sampling factors that attend; out_channels: default `channels`, twice as many for "both".
     ValueError where H or W is not a multiple of 2^(len(mults) - 1).
     """
 
     def __init__(self, channels, width, mults=(1, 2), blocks=1, attention=(), dropout=0.0, out_channels=None):
         super().__init__()
-        self.halvings, emb = len(mults) - 1, 4 * width
+        self.multiple, emb, widths = 2 ** (len(mults) - 1), 4 * width, [width]
         self.embed = nn.Sequential(nn.Linear(EMBEDDING, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
-        self.stem = nn.Conv2d(channels, width, 3, padding=1)
-        self.down, self.up, widths = nn.ModuleList(), nn.ModuleList(), [width]
+        self.stem, self.down, self.up = conv3(channels, width), nn.ModuleList(), nn.ModuleList()
         for i, mult in enumerate(mults):
+            if i > 0:
+                self.down.append(conv3(widths[-1], widths[-1], stride=2))
+                widths.append(widths[-1])
             for _ in range(blocks):
                 self.down.append(ResBlock(widths[-1], width * mult, emb, dropout, 2**i in attention))
                 widths.append(width * mult)
-            if i < self.halvings:
-                self.down.append(nn.Conv2d(widths[-1], widths[-1], 3, stride=2, padding=1))
-                widths.append(widths[-1])
         h = widths[-1]
         self.middle = nn.ModuleList(ResBlock(h, h, emb, dropout, attend) for attend in (bool(attention), False))
         for i, mult in reversed(list(enumerate(mults))):
@@ -309,17 +309,15 @@ class UNet(nn.Module):
                 self.up.append(ResBlock(h + widths.pop(), width * mult, emb, dropout, 2**i in attention))
                 h = width * mult
             if i > 0:
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(h, h, 3, padding=1)))
-        self.head = nn.Sequential(group_norm(h), nn.SiLU(), zero(nn.Conv2d(h, out_channels or channels, 3, padding=1)))
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv3(h, h)))
+        self.head = nn.Sequential(norm(h), nn.SiLU(), zero(conv3(h, out_channels or channels)))
 
     def encode(self, z, t):
-        """The bottleneck (B, C, H / 2^halvings, W / 2^halvings), the skips on the way there, and the embedding of t."""
-        H, W, multiple = *z.shape[-2:], 2**self.halvings
-        if H % multiple or W % multiple:
-            raise ValueError(f"pictures of {W}x{H} can't be halved {self.halvings} times: give a --size that is a "
-                             f"multiple of {multiple}")
-        emb = self.embed(time_embedding(t, EMBEDDING))
-        h = self.stem(z)
+        """The bottleneck (B, C, H / multiple, W / multiple), the skips on the way down, the embedding of t."""
+        H, W = z.shape[-2:]
+        if H % self.multiple or W % self.multiple:
+            raise ValueError(f"this network can't halve pictures of {W}x{H}: sizes must be multiples of {self.multiple}")
+        emb, h = self.embed(time_embedding(t, EMBEDDING)), self.stem(z)
         skips = [h]
         for layer in self.down:
             h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
@@ -332,7 +330,8 @@ class UNet(nn.Module):
         with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
             h, skips, emb = self.encode(z, t)
             for layer in self.up:
-                h = layer(torch.cat([h, skips.pop()], dim=1), emb) if isinstance(layer, ResBlock) else layer(h)
+                block = isinstance(layer, ResBlock)
+                h = layer(torch.cat([h, skips.pop()], dim=1), emb) if block else layer(h)
             return self.head(h).to(z.dtype)
 
 
@@ -354,34 +353,34 @@ def one_line(error):
 def load_dataset(name, data_dir="data", size=None):
     """(images, labels): uint8 (N, C, H, W) and int64 (N,). Error for what can't be loaded.
 
-    name: "digits" (scikit-learn's, 8x8), "mnist", "fashion-mnist", "cifar10" (downloaded to data_dir), or a folder of
-    pictures, flat or one subfolder a class. size: resize the shorter side to it and crop the centre.
+    name: "digits" (8x8, from scikit-learn), "mnist", "fashion-mnist", "cifar10" (downloaded to data_dir) or a folder
+    of pictures, flat or one subfolder a class. size: resize the shorter side to it and crop the centre.
     """
     if name == "digits":
         from sklearn.datasets import load_digits
-        digits = load_digits()
-        images = torch.from_numpy(digits.images[:, None] * 255 / 16).round().to(torch.uint8)        # grey levels 0 to 16
-        return resize(images, size), torch.from_numpy(digits.target)
-    if name in TORCHVISION:
+        digits = load_digits()                                                          # grey levels from 0 to 16
+        images, labels = torch.from_numpy(digits.images[:, None] * 255 / 16).round().to(torch.uint8), digits.target
+    elif name in TORCHVISION:
         try:
             import torchvision
             data = getattr(torchvision.datasets, TORCHVISION[name])(data_dir, download=True)
-        except Exception as error:      # torchvision absent or broken, no network, an interrupted download, a full disk
+        except Exception as error:              # torchvision broken, no network, an interrupted download, a full disk
             raise Error(f"{name} could not be loaded ({one_line(error)}): repeat the command with a network, or put "
                         f"the files of torchvision's {TORCHVISION[name]} into {data_dir}") from error
-        images = torch.as_tensor(data.data)
-        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2)
-        return resize(images.contiguous(), size), torch.as_tensor(data.targets)
-    return load_folder(Path(name), size)
+        images, labels = torch.as_tensor(data.data), data.targets
+        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+    else:
+        return load_folder(Path(name), size)
+    return resize(images, size), torch.as_tensor(labels)
 
 
 def resize(images, size):
-    """uint8 (N, C, H, W): the shorter side resized to `size`, the centre cropped; as they are where size is None."""
+    """uint8 (N, C, H, W): the shorter side resized to `size`, the centre cropped; None leaves them as they are."""
     H, W = images.shape[-2:]
     if size is None or H == W == size:
         return images
     H, W = round(size * max(1, H / W)), round(size * max(1, W / H))
-    images = torch.cat([F.interpolate(part.float(), (H, W), mode="bilinear", antialias=True).round().to(torch.uint8)
+    images = torch.cat([F.interpolate(part.float(), (H, W), mode="bilinear", antialias=True).round().byte()
                         for part in images.split(1000)])
     return images[..., (H - size) // 2:, (W - size) // 2:][..., :size, :size].contiguous()
 
@@ -389,7 +388,7 @@ def resize(images, size):
 def load_folder(folder, size):
     from PIL import Image
     if not folder.is_dir():
-        raise Error(f"no data set {str(folder)!r}: give one of digits, {', '.join(TORCHVISION)} or a folder of pictures")
+        raise Error(f"no data set {str(folder)!r}: give digits, {', '.join(TORCHVISION)} or a folder of pictures")
     files = sorted(file for file in folder.rglob("[!.]*") if file.suffix.lower() in SUFFIXES)
     if len(files) < 2:
         raise Error(f"{folder} holds {len(files)} pictures: at least 2 are needed ({' '.join(SUFFIXES)})")
@@ -399,16 +398,15 @@ def load_folder(folder, size):
             with Image.open(file) as picture:
                 if picture.mode[0] in "IF":
                     raise Error(f"{file} has more than 8 bits a channel: convert it to 8 bits")
-                picture = np.array(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
+                array = np.array(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
         except (OSError, SyntaxError, Image.DecompressionBombError) as error:
             raise Error(f"{file} is not a readable picture ({one_line(error)}): mend or remove it") from error
-        picture = torch.from_numpy(picture).reshape(*picture.shape[:2], -1).permute(2, 0, 1)
-        pictures.append(resize(picture[None], size)[0])
+        pictures.append(resize(torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1)[None], size)[0])
         (_, h, w), (_, H, W) = pictures[0].shape, pictures[-1].shape
         if not h == w == H == W:
             raise Error(f"the pictures are not all squares of one size ({files[0].name} is {w}x{h}, {file.name} is "
                         f"{W}x{H}): give --size")
-    channels = max(len(picture) for picture in pictures)                # one picture in colour makes all of them RGB
+    channels = max(len(picture) for picture in pictures)        # one picture in colour makes all of them RGB
     folders = sorted({file.parent for file in files})
     return (torch.stack([picture.expand(channels, -1, -1) for picture in pictures]),
             torch.tensor([folders.index(file.parent) for file in files]))
@@ -417,10 +415,10 @@ def load_folder(folder, size):
 # ------------------------------------------------------------------------------------------------------------
 # 8. Training: one loop for the teacher and for every student
 #
-# Algorithm 2 is Algorithm 1 but for two things: the student's clock is discrete, for its sampler will only ever visit
-# t = 1/N, ..., 1, and its target is x̃ instead of x. The data stay on the device. All random numbers of an update are a
-# function of (seed, stage, update), so that a stopped run continues as if it had never been stopped; every process
-# draws the whole batch and takes its slice, so that two processes train the model that one trains.
+# Algorithm 2 is Algorithm 1 but for two things: t is drawn from the student's discrete clock, for its sampler will
+# only ever visit t = 1/N, ..., 1, and x̃ takes the place of x. All random numbers of an update are a function of
+# (seed, stage, update), so that a stopped run continues as if it had never stopped; and each process draws the
+# whole batch and takes its slice, so that two processes train the model that one trains.
 # ------------------------------------------------------------------------------------------------------------
 def rank():
     return dist.get_rank() if dist.is_initialized() else 0
@@ -436,31 +434,32 @@ def barrier():
 
 
 def quiet():
-    """tqdm's `disable`: no bar on other processes than the first, and there one if somebody looks (None: a terminal)."""
+    """For tqdm's `disable`: one bar, the first process's, and only if somebody looks (None: on a terminal)."""
     return True if rank() else None
 
 
 def set_seed(*key):
-    """Seed torch by whole numbers, e.g. (seed, stage, update)."""
+    """Seed torch by whole numbers: (seed, stage, update)."""
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
 
 
 def draw(data, num, flip):
-    """`num` random examples: uint8 pictures as floats in [-1, 1], mirrored half the time if `flip`; floats as they are."""
+    """`num` random examples; uint8 pictures become floats in [-1, 1], mirrored half the time if `flip`."""
     x = data[torch.randint(len(data), (num,), device=data.device)]
     if x.dtype == torch.uint8:
         x = x.float() / 127.5 - 1
     return torch.where(torch.rand(num, 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x) if flip else x
 
 
-def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighting="truncated", batch_size=128, lr=1e-3,
-          warmup=0, ema=0.999, flip=False, seed=0, stage=0, every=100, resume=None, report=None, title="model"):
+def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighting="truncated", batch_size=128,
+          lr=1e-3, warmup=0, ema=0.999, flip=False, seed=0, stage=0, every=100, resume=None, report=None,
+          title="model"):
     """Train `model`, a Denoiser, in place on data (N, *dims): Algorithm 1, or with a teacher Algorithm 2 for `steps`.
 
-    A teacher-to-be warms up for `warmup` updates and ends as its exponential moving average; a student's learning rate
-    falls linearly to zero and it ends as it is. Every `every` updates, and at the end, the mean loss and gradient norm
-    are read and report(state) is called; a state given as `resume` continues there. Returns what was read, a list of
-    dictionaries. Error when it is not finite.
+    A teacher-to-be warms up for `warmup` updates and ends as its exponential moving average. A student's learning
+    rate falls linearly to zero and it ends as it is. Every `every` updates and at the end, the mean loss and gradient
+    norm are read and report(state) is called; a state given as `resume` continues there. Returns what was read, a
+    list of dictionaries. Error when it is not finite.
     """
     params = list(model.parameters())
     optimizer = torch.optim.Adam(params, lr, fused=True)
@@ -470,46 +469,46 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
         read, rows, average = resume["update"], resume["rows"], resume["average"]
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
-    model.train(teacher is None)                                        # dropout is for Algorithm 1 only
+    model.train(teacher is None)                                # dropout is for Algorithm 1 only
     net = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
     totals = torch.zeros(2, device=data.device)
 
-    for update in tqdm(range(read, updates), title, initial=read, total=updates, disable=quiet(), leave=False):
+    for update in tqdm(range(read, updates), title, updates, initial=read, disable=quiet(), leave=False):
         set_seed(seed, stage, update)
         x = draw(data, batch_size, flip)
         eps = torch.randn_like(x)
-        if teacher is None:                                             # Algorithm 1: t is continuous
+        if teacher is None:                                     # Algorithm 1: t is continuous
             t = torch.rand(batch_size, device=x.device)
-        else:                                                           # Algorithm 2: t is one of 1/N, 2/N, ..., 1
+        else:                                                   # Algorithm 2: t is one of 1/N, 2/N, ..., 1
             t = torch.randint(1, steps + 1, (batch_size,), device=x.device) / steps
         x, eps, t = (a.tensor_split(world())[rank()] for a in (x, eps, t))
         alpha, sigma = alpha_sigma_for(x, t)
         z = alpha * x + sigma * eps
-        if teacher is not None:                                         # Algorithm 2: x̃ instead of x
+        if teacher is not None:                                 # Algorithm 2: x̃ instead of x
             with torch.inference_mode():
                 x = distill_target(teacher, z, t, t - 1 / steps, substeps)
         loss = weighted_loss(net, x, z, t, weighting).sum() * world() / batch_size
 
         optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(params, 1.0)
-        for group in optimizer.param_groups:
-            group["lr"] = lr * (min(1, (update + 1) / max(1, warmup)) if teacher is None else 1 - update / updates)
+        grad_norm = nn.utils.clip_grad_norm_(params, 1.0)
+        rate = min(1, (update + 1) / max(1, warmup)) if teacher is None else 1 - update / updates
+        optimizer.param_groups[0]["lr"] = lr * rate
         optimizer.step()
-        if average:                                                     # a short memory at first, then `ema`
+        if average:                                             # a short memory at first, then `ema`
             torch._foreach_lerp_(average, params, 1 - min(ema, (update + 1) / (update + 10)))
-        totals += torch.stack([loss.detach(), norm])
+        totals += torch.stack([loss.detach(), grad_norm])
 
-        if (update + 1) % every == 0 or update + 1 == updates:          # the only place where the host waits
+        if (update + 1) % every == 0 or update + 1 == updates:  # the only place where the host waits for the device
             if dist.is_initialized():
                 dist.all_reduce(totals)
-            loss, norm = (totals / (update + 1 - read) / world()).tolist()
-            if not math.isfinite(loss + norm):
+            loss, grad_norm = (totals / (update + 1 - read) / world()).tolist()
+            if not math.isfinite(loss + grad_norm):
                 raise Error(f"the loss of {title} is not finite any more (update {update + 1}): give a lower learning "
                             f"rate; the last good checkpoint is kept")
             totals.zero_()
             read = update + 1
-            rows.append({"update": read, "loss": loss, "grad_norm": norm, "lr": optimizer.param_groups[0]["lr"]})
+            rows.append({"update": read, "loss": loss, "grad_norm": grad_norm, "lr": lr * rate})
             if report:
                 report({"update": read, "rows": rows, "average": average, "model": model.state_dict(),
                         "optimizer": optimizer.state_dict()})
@@ -523,15 +522,15 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
 # ------------------------------------------------------------------------------------------------------------
 # 9. Evaluation: did it work?
 #
-# The Fréchet distance here compares features of the run's own teacher, so it needs no download and fits any data set.
-# It is one ruler for all the samplers of a run; it is not the published FID, which is `--fid`.
+# The Fréchet distance here compares features of the run's own teacher: it needs no download, fits any data set and
+# is one ruler for all samplers of a run. It is not the published FID, which is what `--fid` adds.
 # ------------------------------------------------------------------------------------------------------------
-CHUNK = 256                                                             # pictures sampled together
-INIT, EVALUATION = 10**6, 10**6 + 1                                     # "stages" of set_seed that are no stages
+CHUNK = 256                                                     # pictures sampled together
+INIT, EVALUATION = 10**6, 10**6 + 1                             # for set_seed: "stages" that are no stages
 
 
 def generate(model, num, shape, steps, sampler="ddim", seed=0, device="cpu", title="sampling"):
-    """uint8 pictures (num, *shape) on the CPU; the same seed gives every model and sampler the same noise."""
+    """uint8 pictures (num, *shape) on the CPU; one seed gives every model and sampler the same noise."""
     images = torch.zeros(num, *shape, dtype=torch.uint8, device=device)
     calls = 2 * steps - 1 if sampler == "heun" else steps
     with tqdm(total=num * calls, desc=title, disable=quiet(), leave=False) as bar:
@@ -541,7 +540,7 @@ def generate(model, num, shape, steps, sampler="ddim", seed=0, device="cpu", tit
         for start in range(rank() * CHUNK, num, world() * CHUNK):       # each process has its chunks, the sum has all
             set_seed(seed, EVALUATION, start // CHUNK)
             x = sample(counted, torch.randn(CHUNK, *shape, device=device)[:num - start], steps, sampler)
-            images[start:start + CHUNK] = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+            images[start:start + CHUNK] = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
     if dist.is_initialized():
         dist.all_reduce(images)
     return images.cpu()
@@ -560,15 +559,15 @@ def features(net, images, device="cpu", t=0.1):
 def frechet_distance(a, b):
     """|μ_a - μ_b|² + tr(C_a + C_b - 2 (C_a C_b)^½) of two (N, D) feature sets: a float, computed in float64.
 
-    ValueError where a set has fewer than two rows or the sets differ in D.
+    ValueError where a set has fewer than two rows or the two differ in D.
     """
     a, b = (torch.as_tensor(f).double().cpu() for f in (a, b))
     if a.ndim != 2 or b.ndim != 2 or min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
-        raise ValueError(f"two sets (N, D) with N > 1 and one D are needed, not {tuple(a.shape)} and {tuple(b.shape)}")
+        raise ValueError(f"give two sets (N, D) with N > 1 and the same D, not {tuple(a.shape)} and {tuple(b.shape)}")
     cov_a, cov_b = ((f - f.mean(0)).T @ (f - f.mean(0)) / (len(f) - 1) for f in (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()            # tr (C_a C_b)^½
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()        # tr (C_a C_b)^½
     return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 
@@ -580,36 +579,39 @@ def inception(device):
     except ImportError as error:
         raise Error("--fid needs torchmetrics: pip install 'torchmetrics[image]', or run without --fid") from error
     except Exception as error:
-        raise Error(f"--fid needs Inception's weights, and their download failed ({one_line(error)}): connect once, or "
-                    "run without --fid") from error
+        raise Error(f"--fid needs the weights of Inception, whose download failed ({one_line(error)}): repeat the "
+                    "command with a network, or run without --fid") from error
 
 
 def evaluate(models, load, images, config, device, fid=None):
-    """(rows, pictures): every student at its own steps, the teacher with DDIM and the ancestral sampler at all of them.
+    """(rows, pictures): each student at its own steps, the teacher with DDIM and the ancestral sampler at all of them.
 
-    models: [(name, steps)], teacher first; load(name) gives a Denoiser; pictures: 16 of each model, from one noise.
+    models: [(name, steps)], the teacher first; load(name): its Denoiser; pictures: 16 of each model, from one noise.
     """
     num = config["eval_samples"]
     set_seed(config["seed"], EVALUATION)
     images = images[torch.randperm(len(images))[:10 * num]]
-    teacher = load("teacher")
-    real, rows, pictures, reference = features(teacher.net, images, device), [], {}, None
-    if fid:
+    teacher, rows, pictures, reference = load("teacher"), [], {}, None
+
+    def update_fid(images, real):
         for part in images.split(CHUNK):
-            fid.update(part.to(device).expand(-1, 3, -1, -1), real=True)
-    for name, steps, sampler in ([("teacher", n, "ddim") for _, n in models] + [(*m, "ddim") for m in models[1:]]
-                                 + [("teacher", n, "ancestral") for _, n in models]):
+            fid.update(part.to(device).expand(-1, 3, -1, -1), real=real)
+
+    real = features(teacher.net, images, device)
+    if fid:
+        update_fid(images, True)
+    for name, steps, sampler in (
+            [("teacher", steps, "ddim") for _, steps in models] + [(*model, "ddim") for model in models[1:]]
+            + [("teacher", steps, "ancestral") for _, steps in models]):
         model = teacher if name == "teacher" else load(name)
-        fake = generate(model, num, images.shape[1:], steps, sampler, config["seed"], device,
-                        f"evaluating {name}, {steps} {sampler} steps")
-        reference = fake if reference is None else reference            # the teacher with all its steps comes first
+        fake = generate(model, num, images.shape[1:], steps, sampler, config["seed"], device, f"{name}, {sampler} {steps}")
+        reference = fake if reference is None else reference    # of the teacher with all its steps, which comes first
         rows.append({"model": name, "steps": steps, "sampler": sampler,
                      "fd": frechet_distance(real, features(teacher.net, fake, device)),
-                     "rmse_to_teacher": ((fake.float() - reference.float()) / 127.5).square().mean().sqrt().item()})
+                     "rmse_to_teacher": (fake.float() - reference.float()).div(127.5).square().mean().sqrt().item()})
         if fid:
             fid.reset()
-            for part in fake.split(CHUNK):
-                fid.update(part.to(device).expand(-1, 3, -1, -1), real=False)
+            update_fid(fake, False)
             rows[-1]["fid"] = fid.compute().item()
         if (name, steps) in models and sampler == "ddim":
             pictures[name] = fake[:16]
@@ -618,21 +620,21 @@ def evaluate(models, load, images, config, device, fid=None):
 
 def table(stages, rows):
     """The final table of a run, as text."""
-    cells = {(row["model"], row["sampler"], row["steps"]): row for row in rows}
-    lines = []
-    for measure in ["fd", "fid"] if "fid" in rows[0] else ["fd"]:
-        lines.append(f"{'steps':>7}{'distilled':>12}{'DDIM':>12}{'ancestral':>12}{'drift':>12}{'seconds':>12}   ({measure})")
+    cells, lines = {(row["model"], row["sampler"], row["steps"]): row for row in rows}, []
+    for measure in ("fd", "fid") if "fid" in rows[0] else ("fd",):
+        lines.append(f"{measure + ' at':>7}{'distilled':>12}{'DDIM':>12}{'ancestral':>12}{'drift':>12}{'seconds':>12}")
         for stage in stages:
-            n, student = stage["steps"], cells[stage["model"], "ddim", stage["steps"]]
-            values = (student[measure], cells["teacher", "ddim", n][measure], cells["teacher", "ancestral", n][measure],
-                      student["rmse_to_teacher"])
-            lines.append(f"{n:7}" + "".join(f"{value:12.4g}" for value in values) + f"{stage['seconds']:12.1f}")
-    return "\n".join(lines + ["fd: Fréchet distance to the data in the teacher's features, not the published FID; less is better",
-                              "drift: RMSE to the full-step teacher's pictures from the same noise, pixels from -1 to 1"])
+            steps, own = stage["steps"], cells[stage["model"], "ddim", stage["steps"]]
+            lines.append(f"{steps:7}" + "".join(f"{value:12.4g}" for value in (
+                own[measure], cells["teacher", "ddim", steps][measure], cells["teacher", "ancestral", steps][measure],
+                own["rmse_to_teacher"])) + f"{stage['seconds']:12.1f}")
+    return "\n".join(lines + [
+        "fd at N steps: Fréchet distance to the data in the teacher's own features (not the published FID), less is",
+        "better; drift: RMSE to the full-step teacher's pictures from the same noise, on a scale from -1 to 1"])
 
 
 def tile(images, columns):
-    """uint8 (N, C, H, W) -> one array (rows * H, columns * W[, 3]), what is missing black."""
+    """uint8 (N, C, H, W) -> one array (rows * H, columns * W[, 3]); places without a picture are black."""
     N, C, H, W = images.shape
     images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -N % columns))
     grid = images.reshape(-1, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(-1, columns * W, C)
@@ -642,13 +644,12 @@ def tile(images, columns):
 def plot_samples(pictures, models):
     """samples.png: a row per model, the same noise in every row."""
     from matplotlib.figure import Figure
-    size, columns = pictures["teacher"].shape[-1], len(pictures["teacher"])
-    figure = Figure(figsize=(0.5 * columns + 1.6, 0.5 * len(models) + 0.3), dpi=130, layout="constrained")
-    axes = figure.add_subplot()
+    (columns, _, size, _), rows = pictures["teacher"].shape, len(models)
+    figure = Figure(figsize=(0.5 * columns + 1.6, 0.5 * rows + 0.3), dpi=130, layout="constrained")
+    axes = figure.add_subplot(title="the same noise in every row", xticks=[])
     axes.imshow(tile(torch.cat([pictures[name] for name, _ in models]), columns), cmap="gray", vmin=0, vmax=255)
-    axes.set_yticks([(i + 0.5) * size - 0.5 for i in range(len(models))],
-                    [f"{name.split('-')[0]}, {n} step{'s' * (n > 1)}" for name, n in models])
-    axes.set(xticks=[], title="the same noise in every row")
+    axes.set_yticks([(i + 0.5) * size - 0.5 for i in range(rows)],
+                    [f"{name.split('-')[0]}, {steps} step{'s' * (steps > 1)}" for name, steps in models])
     return figure
 
 
@@ -656,13 +657,14 @@ def plot_steps(rows):
     """steps.png: distance against sampling steps."""
     from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 4), dpi=130, layout="constrained")
-    axes = figure.add_subplot()
-    curves = {"teacher, ancestral sampler": ("tab:gray", lambda row: row["sampler"] == "ancestral"),
-              "teacher, DDIM": ("tab:blue", lambda row: row["model"] == "teacher" and row["sampler"] == "ddim"),
-              "distilled": ("tab:red", lambda row: row["model"] != "teacher")}
-    for label, (colour, chosen) in curves.items():
-        axes.plot(*zip(*((row["steps"], row["fd"]) for row in rows if chosen(row))), "o-", color=colour, label=label)
-    axes.set(xscale="log", yscale="log", xlabel="sampling steps", ylabel="Fréchet distance (teacher's features)")
+    axes = figure.add_subplot(xscale="log", yscale="log", xlabel="sampling steps",
+                              ylabel="Fréchet distance (teacher's features)")
+    for label, colour, chosen in (
+            ("teacher, ancestral", "tab:gray", lambda row: row["sampler"] == "ancestral"),
+            ("teacher, DDIM", "tab:blue", lambda row: row["model"] == "teacher" and row["sampler"] == "ddim"),
+            ("distilled", "tab:red", lambda row: row["model"] != "teacher")):
+        points = [(row["steps"], row["fd"]) for row in rows if chosen(row)]
+        axes.plot(*zip(*points), "o-", color=colour, label=label)
     steps = sorted({row["steps"] for row in rows})
     axes.set_xticks(steps, steps)
     axes.minorticks_off()
@@ -674,7 +676,7 @@ def plot_steps(rows):
 # ------------------------------------------------------------------------------------------------------------
 # 10. Command line: settings, the files of a run, main
 # ------------------------------------------------------------------------------------------------------------
-COMMON = dict(stages=8, final_steps=1, substeps=2, param="v", weighting="truncated", seed=0, dropout=0.0, flip=False)
+COMMON = dict(stages=8, final_steps=1, substeps=2, param="v", weighting="truncated", seed=0, dropout=0, flip=False)
 SMALL = COMMON | dict(
     width=32, mults=[1, 1], blocks=1, attention=[], batch_size=64, teacher_updates=2500, lr=2e-3, warmup=100,
     ema=0.998, student_updates=180, student_lr=1e-3, eval_samples=512)
@@ -684,7 +686,7 @@ MIDDLE = COMMON | dict(
 LARGE = COMMON | dict(
     width=128, mults=[1, 2, 2, 2], blocks=2, attention=[2, 4], dropout=0.2, flip=True, batch_size=128,
     teacher_updates=20000, lr=2e-4, warmup=1000, ema=0.9995, student_updates=1500, student_lr=1e-4, eval_samples=2048)
-LARGE_ON_CPU = LARGE | dict(width=32, dropout=0.0, teacher_updates=4000, student_updates=300, eval_samples=256)
+LARGE_ON_CPU = LARGE | dict(width=32, dropout=0, teacher_updates=4000, student_updates=300, eval_samples=256)
 PRESETS = {"digits": SMALL, "mnist": MIDDLE, "fashion-mnist": MIDDLE, "cifar10": LARGE}      # a folder: LARGE
 SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
 NOT_TRAINING = {"eval_samples", "fid", "device", "compile"}     # settings that leave the trained weights alone
@@ -1036,7 +1038,7 @@ def main(argv=None):
         if args.benchmark:
             shape = SHAPES.get(args.dataset, (3, args.size or 32, args.size or 32))
             images = torch.randint(256, (1024, *shape), dtype=torch.uint8)
-            out = Path(args.out or f"runs/benchmark-{args.dataset}-{device.type}.json")
+            out = Path(args.out or f"runs/benchmark-{Path(args.dataset).name}-{device.type}.json")
             return benchmark(settings(args, images, device), images, device, out)
         for turn in range(min(2, world())):                     # the first process downloads, then the others load
             if turn == min(1, rank()):
