@@ -244,7 +244,7 @@ def conv3(width_in, width_out, stride=1):
 
 
 def norm(width):
-    return nn.GroupNorm(math.gcd(width, 8), width)
+    return nn.GroupNorm(max(1, math.gcd(width, 32) // 4), width)
 
 
 def zero(layer):
@@ -496,7 +496,8 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
         optimizer.param_groups[0]["lr"] = lr * rate
         optimizer.step()
         if average:                                             # a short memory at first, then `ema`
-            torch._foreach_lerp_(average, params, 1 - min(ema, (update + 1) / (update + 10)))
+            with torch.no_grad():
+                torch._foreach_lerp_(average, params, 1 - min(ema, (update + 1) / (update + 10)))
         totals += torch.stack([loss.detach(), grad_norm])
 
         if (update + 1) % every == 0 or update + 1 == updates:  # the only place where the host waits for the device
