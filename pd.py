@@ -930,7 +930,7 @@ def benchmark(config, images, device, out):
         each = seconds(job)
         tflops = counter.get_total_flops() / each / 1e12
         memory = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        rows.append({"job": name, "images_per_second": num / each, "tflops": tflops, "peak_memory_gb": memory / 1e9,
+        rows.append({"job": name, "seconds": each, "images_per_second": num / each, "tflops": tflops, "peak_memory_gb": memory / 1e9,
                      **{f"share_of_{key}": tflops / value for key, value in ceilings.items()},
                      "compile_seconds": max(0, first - each) if config["compile"] else 0})
         print(f"{name:20}{num / each:12,.0f} images/s{tflops:9.3f} TFLOP/s, {tflops / ceilings['matmul']:.0%} of the "
