@@ -24,13 +24,13 @@ from tqdm import tqdm
 #
 # A noisy picture: z_t = α_t x + σ_t ε with ε ~ N(0, I). The clock t runs from 0 (data) to 1 (noise) while
 # (α_t, σ_t) walks a quarter of the unit circle: α² + σ² = 1, the variance-preserving cosine schedule (Sections
-# 2 and 3). It stops just short of both ends: the log-SNR stays in [-20, 20] and nothing is divided by zero.
+# 2 and 4). It stops just short of both ends: the log-SNR stays in [-20, 20] and nothing is divided by zero.
 # ------------------------------------------------------------------------------------------------------------
 FIRST_ANGLE = math.atan(math.exp(-10))          # at t = 0; at t = 1 it is arctan(e^10) = π/2 - FIRST_ANGLE
 
 
 def alpha_sigma(t):
-    """(α_t, σ_t), each of t's shape: the cosine and the sine of an angle that is linear in t. Section 3.
+    """(α_t, σ_t), each of t's shape: the cosine and the sine of an angle that is linear in t. Section 4.
 
     t: float or (B,) tensor in [0, 1]. A float gives float64 scalars; they leave the type of what they multiply.
     """
@@ -101,8 +101,8 @@ class Denoiser(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # 3. Loss weights: which error counts how much?
 #
-# Every loss is w(λ_t) ‖x - x̂‖². Because ε - ε̂ = -(α/σ)(x - x̂), the usual ‖ε - ε̂‖² has w = α²/σ² = SNR. At t = 1
-# that is e^-20: a one-step student would learn nothing. The paper lets w not fall below 1 (Section 4).
+# Every loss is w(λ_t) ‖x - x̂‖². Because ε - ε̂ = -(α/σ)(x - x̂), the usual ‖ε - ε̂‖² has w = α²/σ² = SNR (Equation 9).
+# At t = 1 that is e^-20: a one-step student would learn nothing. So the paper keeps w from falling below 1.
 # ------------------------------------------------------------------------------------------------------------
 WEIGHTINGS = {
     "truncated": lambda snr: snr.clamp(min=1),          # max(SNR, 1), the larger of ‖x - x̂‖² and ‖ε - ε̂‖²
@@ -120,7 +120,7 @@ def loss_weight(t, weighting):
 
 
 def weighted_loss(model, x_target, z, t, weighting):
-    """(B,): w(λ_t) times the mean squared x-error of each example. Section 4.
+    """(B,): w(λ_t) times the mean squared x-error of each example. Equation 2.
 
     x_target, z: (B, *dims), the target being x for a teacher and x̃ for a student; t: float or (B,).
     """
@@ -131,21 +131,21 @@ def weighted_loss(model, x_target, z, t, weighting):
 # ------------------------------------------------------------------------------------------------------------
 # 4. Sampling: how do predictions become a picture?
 #
-# The probability-flow ODE takes the noise away. In the plane of α and σ it reads dz = x̂ dα + ε̂ dσ (Appendix B).
-# DDIM is its Euler step: hold x̂ and ε̂ and move α and σ. Heun takes the mean of x̂ and ε̂ at both ends of the
+# The probability-flow ODE takes the noise away. In the plane of α and σ it reads dz = x̂ dα + ε̂ dσ (Equation 6).
+# DDIM is its Euler step (Appendix B): hold x̂ and ε̂, move α and σ. Heun takes the mean of x̂ and ε̂ at both ends of the
 # step. The ancestral sampler is no ODE: it draws z_s from the posterior that an exact x̂ would give (Section 2).
 # ------------------------------------------------------------------------------------------------------------
 SAMPLERS = ("ddim", "ancestral", "heun")
 
 
 def ddim_step(x_hat, eps_hat, s):
-    """z_s = α_s x̂ + σ_s ε̂, (B, *dims): the same x̂ and ε̂, with less noise. Section 2."""
+    """z_s = α_s x̂ + σ_s ε̂, (B, *dims): the same x̂ and ε̂, with less noise. Equation 7."""
     alpha, sigma = alpha_sigma_for(x_hat, s)
     return alpha * x_hat + sigma * eps_hat
 
 
 def ancestral_step(x_hat, z, t, s, noise_scale=1.0):
-    """A draw of z_s, (B, *dims), from the posterior q(z_s | z_t = z, x = x̂), where s < t. Section 2.
+    """A draw of z_s, (B, *dims), from the posterior q(z_s | z_t = z, x = x̂), where s < t. Equations 3 to 5.
 
     noise_scale in [0, 1] interpolates the log of the variance between its lower (0) and its upper bound (1).
     """
@@ -812,6 +812,7 @@ def run(config, images, out, device, restart):
         model, teacher, updates, lr = build(config, device), None, config["teacher_updates"], config["lr"]
         if stage:                                               # a student starts as a copy of its teacher
             teacher, updates, lr = load(models[stage - 1][0]), config["student_updates"], config["student_lr"]
+            updates *= 2 if steps <= 2 else 1                   # the hardest stages get twice as many (Section 5)
             model.load_state_dict(teacher.state_dict())
         if config["compile"]:
             for module in (model, teacher) if teacher else (model,):
@@ -973,7 +974,7 @@ def parse_args(argv):
             (training, "--param", dict(choices=PARAMS, help="what the network predicts")),
             (training, "--weighting", dict(choices=WEIGHTINGS, help="the weight of the x-error")),
             (training, "--teacher-updates", dict(type=count)),
-            (training, "--student-updates", dict(type=count, help="in each stage")),
+            (training, "--student-updates", dict(type=count, help="in each stage; twice as many for 2 and 1 steps")),
             (training, "--batch-size", dict(type=number(int, 1, 16384), help="of all processes together")),
             (training, "--width", dict(type=number(int, 4, 2048), help="channels of the UNet at full resolution")),
             (training, "--lr", dict(type=rate)),
