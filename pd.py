@@ -722,6 +722,13 @@ def write_json(path, content):
     write(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 
+def load_json(path):
+    try:
+        return dict(json.loads(path.read_text()))
+    except (ValueError, TypeError) as error:
+        raise Error(f"{path} is damaged: choose another --out, or overwrite it with --restart") from error
+
+
 def load_checkpoint(path, keys, remedy, device="cpu"):
     """The dictionary in a file of torch.save that has these keys. Code hidden in the file is never run."""
     try:
@@ -753,12 +760,9 @@ def prepare(out, config, restart):
         for file in [settings, *present]:
             file.unlink(missing_ok=True)
     elif settings.exists():
-        try:
-            old = json.loads(settings.read_text())
-            other = [f"{key} is {old.get(key)} there, {config.get(key)} here" for key in sorted({*old, *config})
-                     if old.get(key) != config.get(key) and key not in NOT_TRAINING]
-        except (ValueError, TypeError, AttributeError) as error:
-            raise Error(f"{settings} is damaged: {remedy}") from error
+        old = load_json(settings)
+        other = [f"{key} is {old.get(key)} there, {config.get(key)} here" for key in sorted({*old, *config})
+                 if old.get(key) != config.get(key) and key not in NOT_TRAINING]
         if other:
             raise Error(f"{out} holds a run with other settings ({'; '.join(other)}): {remedy}")
     elif present:
@@ -788,7 +792,7 @@ def run(config, images, out, device, restart):
     barrier()
     state = {"stage": 0, "stages": [], "rows": [], "train": None, "seconds": 0.0}                   # latest.pt
     if (out / "results.json").exists():
-        results = json.loads((out / "results.json").read_text())
+        results = load_json(out / "results.json")
         if all(results["config"][key] == config[key] for key in ("eval_samples", "fid")):
             return first and print(table(results["stages"], results["evaluation"]),
                                    f"{out} is finished; --restart runs it again", sep="\n")
