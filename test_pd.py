@@ -1592,6 +1592,14 @@ def save_pictures(folder, arrays, suffix="png"):
         Image.fromarray(np.asarray(array, np.uint8)).save(folder / f"{i}.{suffix}")
 
 
+def test_readme_names_functions_and_tests_that_exist():
+    rows = [row.split("|") for row in (OFFICIAL.parent / "README.md").read_text().splitlines() if "| `test_" in row]
+    assert len(rows) == 8
+    for row in rows:
+        for name in re.findall(r"`(\w+)`", "".join(row[2:])):
+            assert name in globals() if name.startswith("test_") else hasattr(program, name), name
+
+
 def test_digits_are_the_real_ones_in_uint8():
     from sklearn.datasets import load_digits
     images, labels = program.load_dataset("digits")
