@@ -316,7 +316,7 @@ class UNet(nn.Module):
         """The bottleneck (B, C, H / multiple, W / multiple), the skips on the way down, the embedding of t."""
         H, W = z.shape[-2:]
         if H % self.multiple or W % self.multiple:
-            raise ValueError(f"this network can't halve pictures of {W}x{H}: sizes must be multiples of {self.multiple}")
+            raise ValueError(f"this network can't halve {W}x{H} pictures: sizes must be multiples of {self.multiple}")
         emb, h = self.embed(time_embedding(t, EMBEDDING)), self.stem(z)
         skips = [h]
         for layer in self.down:
@@ -605,7 +605,8 @@ def evaluate(models, load, images, config, device, fid=None):
             [("teacher", steps, "ddim") for _, steps in models] + [(*model, "ddim") for model in models[1:]]
             + [("teacher", steps, "ancestral") for _, steps in models]):
         model = teacher if name == "teacher" else load(name)
-        fake = generate(model, num, images.shape[1:], steps, sampler, config["seed"], device, f"{name}, {sampler} {steps}")
+        title = f"evaluating {name}, {sampler} {steps}"
+        fake = generate(model, num, images.shape[1:], steps, sampler, config["seed"], device, title)
         reference = fake if reference is None else reference    # of the teacher with all its steps, which comes first
         rows.append({"model": name, "steps": steps, "sampler": sampler,
                      "fd": frechet_distance(real, features(teacher.net, fake, device)),
@@ -861,7 +862,7 @@ def sample_to_file(args, device):
     model, info = load_model(args.sample, device)
     steps, out, size = args.steps or info["steps"], Path(args.out or "grid.png"), info["config"]["size"]
     if info["name"] != "teacher" and info["steps"] % steps:
-        raise Error(f"{args.sample} knows the clock of {info['steps']} steps: give --steps that divide it, not {steps}")
+        raise Error(f"{args.sample} knows a clock of {info['steps']} steps: --steps {steps} does not divide it")
     if out.is_dir() and (out.suffix in (".png", ".npz") or any(out.iterdir())):
         raise Error(f"{out} is a folder already: give --out a new or empty one, a .png or an .npz")
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -916,30 +917,37 @@ def benchmark(config, images, device, out):
         layers.append((2 * 9 * B * (width * size) ** 2, lambda conv=conv, h=h: conv(h)))
     ceilings = {"matmul": best((2 * len(a) ** 3, lambda a=a: a @ a) for a in matrices), "conv": best(layers)}
 
-    model, teacher, data, rows = build(config, device), build(config, device), images.to(device), []
-    for name, num, job in (
-            ("teacher update", B, lambda n: train(model, data, n, **training(config))),
-            ("student update", B, lambda n: train(model, data, n, teacher=teacher, steps=4, **training(config))),
-            ("sampling, 1 step", CHUNK, rounds(lambda: generate(model, CHUNK, images.shape[1:], 1, device=device))),
-            ("sampling, 256 steps", CHUNK, rounds(lambda: generate(model, CHUNK, images.shape[1:], 256, device=device)))):
+    model, teacher, data, shape = build(config, device), build(config, device), images.to(device), images.shape[1:]
+    jobs = {
+        "teacher update": (B, lambda n: train(model, data, n, **training(config))),
+        "student update": (B, lambda n: train(model, data, n, teacher=teacher, steps=4, **training(config))),
+        "sampling, 1 step": (CHUNK, rounds(lambda: generate(model, CHUNK, shape, 1, device=device))),
+        "sampling, 256 steps": (CHUNK, rounds(lambda: generate(model, CHUNK, shape, 256, device=device)))}
+    flops, rows = {}, []
+    for name, (_, job) in jobs.items():                         # counted before anything is compiled
         with FlopCounterMode(display=False) as counter:
             job(1)
+        flops[name] = counter.get_total_flops()
+    if config["compile"]:
+        model.net.compile()
+        teacher.net.compile()
+    for name, (num, job) in jobs.items():
         began = time.monotonic()
-        if config["compile"] and not rows:
-            model.net.compile()
-            teacher.net.compile()
         job(1)
         first = time.monotonic() - began
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         each = seconds(job)
-        tflops = counter.get_total_flops() / each / 1e12
-        memory = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        rows.append({"job": name, "seconds": each, "images_per_second": num / each, "tflops": tflops, "peak_memory_gb": memory / 1e9,
+        tflops = flops[name] / each / 1e12
+        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        memory = torch.cuda.max_memory_allocated() if cuda else 1024 * kilobytes
+        rows.append({"job": name, "seconds": each, "images_per_second": num / each, "tflops": tflops,
+                     "peak_memory_gb": memory / 1e9,
                      **{f"share_of_{key}": tflops / value for key, value in ceilings.items()},
                      "compile_seconds": max(0, first - each) if config["compile"] else 0})
         print(f"{name:20}{num / each:12,.0f} images/s{tflops:9.3f} TFLOP/s, {tflops / ceilings['matmul']:.0%} of the "
               f"best matmul, {tflops / ceilings['conv']:.0%} of the best conv, peak {memory / 1e9:.2f} GB")
+    out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {"config": config, "environment": environment(device), "ceilings_tflops": ceilings, "rows": rows})
     print(f"best matmul {ceilings['matmul']:.3f}, best 3x3 conv {ceilings['conv']:.3f} TFLOP/s ({kind}); all in {out}")
 
@@ -965,34 +973,35 @@ def parse_args(argv):
                     allow_abbrev=False)
     count, steps, rate = number(int, 1, 10**9), number(int, 1, MAX_STEPS), number(float, 1e-9, 1e9)
     both, training, sampling = (parser.add_argument_group(name) for name in ("always", "training", "with --sample"))
-    for group, name, options in (
-            (both, "--seed", dict(type=number(int, 0, 2**32 - 1))),
-            (both, "--device", dict(help="cpu, cuda or cuda:N; default: a GPU if there is one")),
-            (both, "--out", dict(help="the run's folder; with --sample a .png, an .npz or a folder")),
-            (training, "--dataset", dict(help="digits (default), mnist, fashion-mnist, cifar10 or a folder")),
-            (training, "--data-dir", dict(help="where downloads are kept, default data")),
-            (training, "--size", dict(type=number(int, 2, 1024), help="resize and crop the pictures to a square")),
-            (training, "--stages", dict(type=number(int, 1, 13), help="how often to distill")),
-            (training, "--final-steps", dict(type=steps, help="sampling steps of the last student")),
-            (training, "--substeps", dict(type=number(int, 2, MAX_STEPS), help="the teacher's steps for one of the student")),
-            (training, "--param", dict(choices=PARAMS, help="what the network predicts")),
-            (training, "--weighting", dict(choices=WEIGHTINGS, help="the weight of the x-error")),
-            (training, "--teacher-updates", dict(type=count)),
-            (training, "--student-updates", dict(type=count, help="in each stage; twice as many for 2 and 1 steps")),
-            (training, "--batch-size", dict(type=number(int, 1, 16384), help="of all processes together")),
-            (training, "--width", dict(type=number(int, 4, 2048), help="channels of the UNet at full resolution")),
-            (training, "--lr", dict(type=rate)),
-            (training, "--student-lr", dict(type=rate)),
-            (training, "--eval-samples", dict(type=number(int, 2, 10**6), help="pictures of each model to evaluate")),
-            (training, "--restart", dict(action="store_true", default=None, help="overwrite the run in the folder")),
-            (training, "--fid", dict(action="store_true", default=None, help="also the published FID (torchmetrics)")),
-            (training, "--compile", dict(action=argparse.BooleanOptionalAction, help="torch.compile; default on a GPU")),
-            (training, "--benchmark", dict(action="store_true", default=None, help="measure the speed, train nothing")),
-            (sampling, "--sample", dict(metavar="CKPT", help="draw pictures from a checkpoint, train nothing")),
-            (sampling, "--num", dict(type=number(int, 1, 10**6), help="how many pictures, default 64")),
-            (sampling, "--steps", dict(type=steps, help="sampling steps, default the checkpoint's own")),
-            (sampling, "--sampler", dict(choices=SAMPLERS, help="default ddim"))):
-        group.add_argument(name, **options)
+    add = both.add_argument
+    add("--seed", type=number(int, 0, 2**32 - 1))
+    add("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
+    add("--out", help="the run's folder; with --sample a .png, an .npz or a folder")
+    add = training.add_argument
+    add("--dataset", help="digits (default), mnist, fashion-mnist, cifar10 or a folder")
+    add("--data-dir", help="where downloads are kept, default data")
+    add("--size", type=number(int, 2, 1024), help="resize and crop the pictures to a square")
+    add("--stages", type=number(int, 1, 13), help="how often to distill")
+    add("--final-steps", type=steps, help="sampling steps of the last student")
+    add("--substeps", type=number(int, 2, MAX_STEPS), help="the teacher's steps for one of the student")
+    add("--param", choices=PARAMS, help="what the network predicts")
+    add("--weighting", choices=WEIGHTINGS, help="the weight of the x-error")
+    add("--teacher-updates", type=count)
+    add("--student-updates", type=count, help="in each stage; twice as many for 2 and 1 steps")
+    add("--batch-size", type=number(int, 1, 16384), help="of all processes together")
+    add("--width", type=number(int, 4, 2048), help="channels of the UNet at full resolution")
+    add("--lr", type=rate)
+    add("--student-lr", type=rate)
+    add("--eval-samples", type=number(int, 2, 10**6), help="pictures of each model to evaluate")
+    add("--restart", action="store_true", default=None, help="overwrite the run in the folder")
+    add("--fid", action="store_true", default=None, help="also the published FID (torchmetrics)")
+    add("--compile", action=argparse.BooleanOptionalAction, help="torch.compile; default on a GPU")
+    add("--benchmark", action="store_true", default=None, help="measure the speed, train nothing")
+    add = sampling.add_argument
+    add("--sample", metavar="CKPT", help="draw pictures from a checkpoint, train nothing")
+    add("--num", type=number(int, 1, 10**6), help="how many pictures, default 64")
+    add("--steps", type=steps, help="sampling steps, default the checkpoint's own")
+    add("--sampler", choices=SAMPLERS, help="default ddim")
     args = parser.parse_args(argv)
     for action in (training if args.sample else sampling)._group_actions:
         if getattr(args, action.dest) is not None:

@@ -2196,6 +2196,29 @@ def test_a_process_that_dies_ends_the_run_with_an_error_and_one_process_continue
     assert same_model(alone, out) == 1
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_gpu_agrees_with_the_cpu_and_compiled_with_plain(tmp_path):
+    """Within bfloat16: predictions, samples, and the losses of a run; on the GPU a run repeats itself."""
+    net = awake(tiny_net(width=32, attention=(2,)))
+    z, t = torch.randn(16, 1, 8, 8), torch.rand(16)
+    cpu = program.Denoiser(net)
+    gpu = program.Denoiser(copy.deepcopy(net).cuda())
+    compiled = program.Denoiser(copy.deepcopy(net).cuda())
+    compiled.net.compile()
+    with torch.no_grad():
+        scale = cpu(z, t)[0].std()
+        for other in (gpu, compiled):
+            assert (cpu(z, t)[0] - other(z.cuda(), t.cuda())[0].cpu()).std() < 0.02 * scale
+            assert (program.sample(cpu, z, 4) - program.sample(other, z.cuda(), 4).cpu()).std() < 0.05 * scale
+    settings = [*TINY[:-3], "--device", "cuda", "--teacher-updates", 40]
+    for name, flags in (("plain", ["--no-compile"]), ("again", ["--no-compile"]), ("compiled", ["--compile"])):
+        assert command(*settings, *flags, "--out", tmp_path / name) == 0
+    plain, again, compiled = (json.loads((tmp_path / name / "results.json").read_text())["stages"]
+                              for name in ("plain", "again", "compiled"))
+    for a, b, c in zip(plain, again, compiled):
+        assert a["loss"] == pytest.approx(b["loss"], rel=0.02) and a["loss"] == pytest.approx(c["loss"], rel=0.1)
+
+
 def test_benchmark_measures_training_and_sampling(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(program, "CHUNK", 2)
     monkeypatch.setattr(program.time, "perf_counter", itertools.count(0, 10).__next__)       # so slow that once is enough
