@@ -317,7 +317,8 @@ class UNet(nn.Module):
         H, W = z.shape[-2:]
         if H % self.multiple or W % self.multiple:
             raise ValueError(f"this network can't halve {W}x{H} pictures: sizes must be multiples of {self.multiple}")
-        emb, h = self.embed(time_embedding(t, EMBEDDING)), self.stem(z)
+        emb = self.embed(time_embedding(t, EMBEDDING))
+        h = self.stem(z).contiguous(memory_format=torch.channels_last)
         skips = [h]
         for layer in self.down:
             h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
@@ -647,18 +648,22 @@ def plot_samples(pictures, models):
     """samples.png: a row per model, the same noise in every row."""
     from matplotlib.figure import Figure
     (columns, _, size, _), rows = pictures["teacher"].shape, len(models)
-    figure = Figure(figsize=(0.5 * columns + 1.6, 0.5 * rows + 0.3), dpi=130, layout="constrained")
+    gap = max(1, size // 8)
+    grid = F.pad(torch.cat([pictures[name] for name, _ in models]), (0, gap, 0, gap), value=255)
+    figure = Figure(figsize=(0.5 * columns + 1.6, 0.5 * rows + 0.3), dpi=130)
     axes = figure.add_subplot(title="the same noise in every row", xticks=[])
-    axes.imshow(tile(torch.cat([pictures[name] for name, _ in models]), columns), cmap="gray", vmin=0, vmax=255)
-    axes.set_yticks([(i + 0.5) * size - 0.5 for i in range(rows)],
+    axes.imshow(tile(grid, columns), cmap="gray", vmin=0, vmax=255)
+    axes.set_yticks([i * (size + gap) + (size - 1) / 2 for i in range(rows)],
                     [f"{name.split('-')[0]}, {steps} step{'s' * (steps > 1)}" for name, steps in models])
+    axes.spines[:].set_visible(False)
+    axes.tick_params(length=0)
     return figure
 
 
 def plot_steps(rows):
     """steps.png: distance against sampling steps."""
     from matplotlib.figure import Figure
-    figure = Figure(figsize=(6, 4), dpi=130, layout="constrained")
+    figure = Figure(figsize=(6, 4), dpi=130)
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="sampling steps",
                               ylabel="Fréchet distance (teacher's features)")
     for label, colour, chosen in (
@@ -680,8 +685,8 @@ def plot_steps(rows):
 # ------------------------------------------------------------------------------------------------------------
 COMMON = dict(stages=8, final_steps=1, substeps=2, param="v", weighting="truncated", seed=0, dropout=0, flip=False)
 SMALL = COMMON | dict(
-    width=32, mults=[1, 1], blocks=1, attention=[], batch_size=64, teacher_updates=2500, lr=2e-3, warmup=100,
-    ema=0.998, student_updates=180, student_lr=1e-3, eval_samples=512)
+    width=32, mults=[1, 2], blocks=1, attention=[], batch_size=64, teacher_updates=3800, lr=2e-3, warmup=100,
+    ema=0.998, student_updates=240, student_lr=6e-4, eval_samples=256)
 MIDDLE = COMMON | dict(
     width=32, mults=[1, 2, 2], blocks=1, attention=[4], batch_size=128, teacher_updates=10000, lr=1e-3, warmup=500,
     ema=0.999, student_updates=750, student_lr=5e-4, eval_samples=1024)
@@ -849,8 +854,8 @@ def run(config, images, out, device, restart):
     if first:
         results = {"config": config, "environment": environment(device), "stages": state["stages"],
                    "evaluation": evaluation}
-        write(out / "samples.png", plot_samples(pictures, models).savefig)
-        write(out / "steps.png", plot_steps(evaluation).savefig)
+        for name, figure in (("samples.png", plot_samples(pictures, models)), ("steps.png", plot_steps(evaluation))):
+            write(out / name, lambda file: figure.savefig(file, bbox_inches="tight"))
         write_json(out / "results.json", results)
         (out / "latest.pt").unlink(missing_ok=True)
         print(table(state["stages"], evaluation))
