@@ -198,7 +198,7 @@ def sample(model, z, steps, sampler="ddim", clip=False, noise_scale=1.0):
 #     α_s x̃ + σ_s (z_t - α_t x̃) / σ_t = z_s    =>    x̃ = (z_s - (σ_s/σ_t) z_t) / (α_s - (σ_s/σ_t) α_t)
 # Divided by σ, a DDIM step is z_s/σ_s = z_t/σ_t + (α_s/σ_s - α_t/σ_t) x̂. So steps add up, and x̃ is a mean of what
 # the teacher predicts on its way, weighted by how α/σ grows: the same x̃ without a difference of almost equal
-# numbers. Given z_t, nothing about x̃ is left to chance. That is why it is sharp where E[x | z_t] is blurry.
+# numbers. Given z_t, nothing about x̃ is left to chance: a student can reach it, a denoiser only E[x | z_t].
 # ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def distill_target(teacher, z, t, s, substeps=2):
@@ -309,7 +309,7 @@ class UNet(nn.Module):
                 self.up.append(ResBlock(h + widths.pop(), width * mult, emb, dropout, 2**i in attention))
                 h = width * mult
             if i > 0:
-                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv3(h, h)))
+                self.up.append(nn.Sequential(conv3(h, h), nn.Upsample(scale_factor=2)))
         self.head = nn.Sequential(norm(h), nn.SiLU(), zero(conv3(h, out_channels or channels)))
 
     def encode(self, z, t):
@@ -685,8 +685,8 @@ def plot_steps(rows):
 # ------------------------------------------------------------------------------------------------------------
 COMMON = dict(stages=8, final_steps=1, substeps=2, param="v", weighting="truncated", seed=0, dropout=0, flip=False)
 SMALL = COMMON | dict(
-    width=32, mults=[1, 2], blocks=1, attention=[], batch_size=64, teacher_updates=4000, lr=2e-3, warmup=100,
-    ema=0.998, student_updates=255, student_lr=1e-3, eval_samples=256)
+    width=32, mults=[1, 2], blocks=1, attention=[], batch_size=32, teacher_updates=7000, lr=1.5e-3, warmup=200,
+    ema=0.999, student_updates=420, student_lr=6e-4, eval_samples=256)
 MIDDLE = COMMON | dict(
     width=32, mults=[1, 2, 2], blocks=1, attention=[4], batch_size=128, teacher_updates=10000, lr=1e-3, warmup=500,
     ema=0.999, student_updates=750, student_lr=5e-4, eval_samples=1024)
