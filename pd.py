@@ -309,7 +309,7 @@ class UNet(nn.Module):
                 self.up.append(ResBlock(h + widths.pop(), width * mult, emb, dropout, 2**i in attention))
                 h = width * mult
             if i > 0:
-                self.up.append(nn.Sequential(conv3(h, h), nn.Upsample(scale_factor=2)))
+                self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv3(h, h)))
         self.head = nn.Sequential(norm(h), nn.SiLU(), zero(conv3(h, out_channels or channels)))
 
     def encode(self, z, t):
@@ -463,7 +463,7 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
     list of dictionaries. Error when it is not finite.
     """
     params = list(model.parameters())
-    optimizer = torch.optim.Adam(params, lr, betas=(0.9, 0.99), fused=True)
+    optimizer = torch.optim.Adam(params, lr, fused=True)
     average = [p.detach().clone() for p in params] if teacher is None else []
     read, rows = 0, []
     if resume:
@@ -685,8 +685,8 @@ def plot_steps(rows):
 # ------------------------------------------------------------------------------------------------------------
 COMMON = dict(stages=8, final_steps=1, substeps=2, param="v", weighting="truncated", seed=0, dropout=0, flip=False)
 SMALL = COMMON | dict(
-    width=32, mults=[1, 2], blocks=1, attention=[], batch_size=64, teacher_updates=3600, lr=2e-3, warmup=100,
-    ema=0.998, student_updates=200, student_lr=1e-3, eval_samples=256)
+    width=32, mults=[1, 2], blocks=1, attention=[], batch_size=64, teacher_updates=3800, lr=2e-3, warmup=100,
+    ema=0.998, student_updates=240, student_lr=6e-4, eval_samples=256)
 MIDDLE = COMMON | dict(
     width=32, mults=[1, 2, 2], blocks=1, attention=[4], batch_size=128, teacher_updates=10000, lr=1e-3, warmup=500,
     ema=0.999, student_updates=750, student_lr=5e-4, eval_samples=1024)
