@@ -7,8 +7,7 @@
 Read it from top to bottom. Parts 1 to 5 are the paper: tensors of any shape, no devices, files or flags. Parts 6
 to 10 are the engineering. Sections, equations and algorithms are numbered as in the paper, arXiv:2202.00512.
 """
-import argparse, contextlib, io, json, math, os, platform, resource, shutil, statistics, sys, time
-from itertools import pairwise
+import argparse, contextlib, functools, io, itertools, json, math, os, platform, resource, sys, tempfile, textwrap, time
 from pathlib import Path
 
 import numpy as np
@@ -16,18 +15,17 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
+from matplotlib.figure import Figure
+from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-# ------------------------------------------------------------------------------------------------------------
-# 1. Schedule: what is z_t?
-#
+
+# ---- 1. Schedule: what is z_t? -----------------------------------------------------------------------------
 # A noisy picture: z_t = α_t x + σ_t ε with ε ~ N(0, I). The clock t runs from 0 (data) to 1 (noise) while
 # (α_t, σ_t) walks a quarter of the unit circle: α² + σ² = 1, the variance-preserving cosine schedule (Sections
 # 2 and 4). It stops just short of both ends: the log-SNR stays in [-20, 20] and nothing is divided by zero.
-# ------------------------------------------------------------------------------------------------------------
 FIRST_ANGLE = math.atan(math.exp(-10))          # at t = 0; at t = 1 it is arctan(e^10) = π/2 - FIRST_ANGLE
-
 
 def alpha_sigma(t):
     """(α_t, σ_t), each of t's shape: the cosine and the sine of an angle that is linear in t. Section 4.
@@ -40,27 +38,21 @@ def alpha_sigma(t):
     # cos(angle at t) = sin(angle at 1 - t), and in float32 the sine keeps the digits of an α that is almost 0
     return torch.sin(FIRST_ANGLE + span * (1 - t)), torch.sin(FIRST_ANGLE + span * t)
 
-
 def log_snr(t):
     """λ_t = log(α_t² / σ_t²), of t's shape: 20 at t = 0, falling to -20 at t = 1. Section 2."""
     alpha, sigma = alpha_sigma(t)
     return 2 * torch.log(alpha / sigma)
-
 
 def alpha_sigma_for(z, t):
     """(α_t, σ_t) in a shape to multiply z with: (B,) becomes (B, 1, ..., 1), a scalar stays one."""
     return [a.reshape(-1, *[1] * (z.ndim - 1)) if a.ndim else a for a in alpha_sigma(t)]
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 2. Parameterizations: what does the network predict?
-#
+# ---- 2. Parameterizations: what does the network predict? --------------------------------------------------
 # Given z_t, to know x is to know ε, for z_t = α x + σ ε: in exact arithmetic it does not matter which of x, ε or
 # v the network predicts. In practice it decides how the network's errors are amplified: the x̂ of an ε-network
 # carries σ/α times its error, which is e^10 at t = 1, where a one-step student does all its work (Section 4).
-# ------------------------------------------------------------------------------------------------------------
 PARAMS = ("v", "eps", "x", "both")
-
 
 def to_x_eps(out, z, t, param):
     """(x̂, ε̂), each (B, *dims), from the raw output of the network. Section 4.
@@ -80,7 +72,6 @@ def to_x_eps(out, z, t, param):
         return x_hat, alpha**2 * eps_out + sigma * (z - alpha * x_out)          # (z - α x̂) / σ, multiplied out
     raise ValueError(f"param must be one of {', '.join(PARAMS)}, not {param!r}")
 
-
 class Denoiser(nn.Module):
     """denoiser(z, t) -> (x̂, ε̂), from any network net(z, t) that gets t as a (B,) tensor. Section 4.
 
@@ -98,12 +89,9 @@ class Denoiser(nn.Module):
         return to_x_eps(self.net(z, clock.expand(len(z))), z, t, self.param)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 3. Loss weights: which error counts how much?
-#
+# ---- 3. Loss weights: which error counts how much? ---------------------------------------------------------
 # Every loss is w(λ_t) ‖x - x̂‖². Because ε - ε̂ = -(α/σ)(x - x̂), the usual ‖ε - ε̂‖² has w = α²/σ² = SNR (Equation 9).
 # At t = 1 that is e^-20: a one-step student would learn nothing. So the paper keeps w from falling below 1.
-# ------------------------------------------------------------------------------------------------------------
 WEIGHTINGS = {
     "truncated": lambda snr: snr.clamp(min=1),          # max(SNR, 1), the larger of ‖x - x̂‖² and ‖ε - ε̂‖²
     "snr+1": lambda snr: snr + 1,                       # ‖v - v̂‖², their sum
@@ -111,13 +99,11 @@ WEIGHTINGS = {
     "constant": lambda snr: torch.ones_like(snr),       # ‖x - x̂‖²
 }
 
-
 def loss_weight(t, weighting):
     """w(λ_t), of t's shape. Section 4. ValueError for an unknown weighting."""
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting must be one of {', '.join(WEIGHTINGS)}, not {weighting!r}")
     return WEIGHTINGS[weighting](torch.exp(log_snr(t)))
-
 
 def weighted_loss(model, x_target, z, t, weighting):
     """(B,): w(λ_t) times the mean squared x-error of each example. Equation 2.
@@ -128,21 +114,16 @@ def weighted_loss(model, x_target, z, t, weighting):
     return loss_weight(t, weighting) * (x_target - x_hat).square().reshape(len(z), -1).mean(1)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 4. Sampling: how do predictions become a picture?
-#
+# ---- 4. Sampling: how do predictions become a picture? -----------------------------------------------------
 # The probability-flow ODE takes the noise away. In the plane of α and σ it reads dz = x̂ dα + ε̂ dσ (Equation 6).
 # DDIM is its Euler step (Appendix B): hold x̂ and ε̂, move α and σ. Heun takes the mean of x̂ and ε̂ at both ends of the
 # step. The ancestral sampler is no ODE: it draws z_s from the posterior that an exact x̂ would give (Section 2).
-# ------------------------------------------------------------------------------------------------------------
 SAMPLERS = ("ddim", "ancestral", "heun")
-
 
 def ddim_step(x_hat, eps_hat, s):
     """z_s = α_s x̂ + σ_s ε̂, (B, *dims): the same x̂ and ε̂, with less noise. Equation 7."""
     alpha, sigma = alpha_sigma_for(x_hat, s)
     return alpha * x_hat + sigma * eps_hat
-
 
 def ancestral_step(x_hat, z, t, s, noise_scale=1.0):
     """A draw of z_s, (B, *dims), from the posterior q(z_s | z_t = z, x = x̂), where s < t. Equations 3 to 5.
@@ -155,13 +136,11 @@ def ancestral_step(x_hat, z, t, s, noise_scale=1.0):
     std = (1 - ratio).sqrt() * sigma_s**(1 - noise_scale) * sigma_t**noise_scale
     return mean + std * torch.randn_like(z)
 
-
 def heun_step(model, x_hat, eps_hat, z, t, s):
     """z_s, (B, *dims): dz = x̂ dα + ε̂ dσ by the trapezoidal rule, with a second call of the model at s."""
     (alpha_t, sigma_t), (alpha_s, sigma_s) = alpha_sigma_for(z, t), alpha_sigma_for(z, s)
     x_end, eps_end = model(ddim_step(x_hat, eps_hat, s), s)
     return z + (alpha_s - alpha_t) * (x_hat + x_end) / 2 + (sigma_s - sigma_t) * (eps_hat + eps_end) / 2
-
 
 @torch.no_grad()
 def sample(model, z, steps, sampler="ddim", clip=False, noise_scale=1.0):
@@ -191,15 +170,12 @@ def sample(model, z, steps, sampler="ddim", clip=False, noise_scale=1.0):
     return z
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 5. Distillation: what does the student learn?
-#
+# ---- 5. Distillation: what does the student learn? ---------------------------------------------------------
 # One step of the student shall end where two of the teacher end. Algorithm 2 solves this for the x̃ to predict:
 #     α_s x̃ + σ_s (z_t - α_t x̃) / σ_t = z_s    =>    x̃ = (z_s - (σ_s/σ_t) z_t) / (α_s - (σ_s/σ_t) α_t)
 # Divided by σ, a DDIM step is z_s/σ_s = z_t/σ_t + (α_s/σ_s - α_t/σ_t) x̂. So steps add up, and x̃ is a mean of what
 # the teacher predicts on its way, weighted by how α/σ grows: the same x̃ without a difference of almost equal
 # numbers. Given z_t, nothing about x̃ is left to chance: a student can reach it, a denoiser only E[x | z_t].
-# ------------------------------------------------------------------------------------------------------------
 @torch.no_grad()
 def distill_target(teacher, z, t, s, substeps=2):
     """x̃, (B, *dims): a DDIM step with it from z_t = z to z_s ends where `substeps` of the teacher do. Algorithm 2.
@@ -215,22 +191,18 @@ def distill_target(teacher, z, t, s, substeps=2):
 
     x_tilde = torch.zeros_like(z)
     times = [(t * (substeps - i) + s * i) / substeps for i in range(substeps + 1)]      # t, then t', then t'' = s
-    for start, end in pairwise(times):
+    for start, end in itertools.pairwise(times):
         x_hat, eps_hat = teacher(z, start)
         x_tilde = x_tilde + (alpha_over_sigma(end) - alpha_over_sigma(start)) * x_hat
         z = ddim_step(x_hat, eps_hat, end)
     return x_tilde / (alpha_over_sigma(s) - alpha_over_sigma(t))
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 6. Network
-#
+# ---- 6. Network --------------------------------------------------------------------------------------------
 # The UNet of DDPM and its heirs: residual blocks with GroupNorm that t scales and shifts, self-attention at chosen
 # resolutions, skip connections. The last layer of every block and of the network starts at zero, so that a fresh
 # v-network says v = 0, that is x̂ = α z. On a GPU it computes in bfloat16; everything around it is float32.
-# ------------------------------------------------------------------------------------------------------------
 EMBEDDING = 128                                 # numbers that describe t to the network
-
 
 def time_embedding(t, dim):
     """(B, dim): cosines, then sines of 1000 t at dim / 2 frequencies from 1 down to almost 1/10000; t is (B,)."""
@@ -238,20 +210,16 @@ def time_embedding(t, dim):
     angles = 1000 * t[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
-
 def conv3(width_in, width_out, stride=1):
     return nn.Conv2d(width_in, width_out, 3, stride, padding=1)
 
-
 def norm(width):
     return nn.GroupNorm(max(1, math.gcd(width, 32) // 4), width)
-
 
 def zero(layer):
     nn.init.zeros_(layer.weight)
     nn.init.zeros_(layer.bias)
     return layer
-
 
 class Attention(nn.Module):
     def __init__(self, width):
@@ -266,7 +234,6 @@ class Attention(nn.Module):
         out = F.scaled_dot_product_attention(*qkv.transpose(-1, -2).unbind(1))          # (B, heads, H W, C / heads)
         return h + self.out(out.transpose(-1, -2).reshape(B, C, H, W))
 
-
 class ResBlock(nn.Module):
     def __init__(self, width_in, width_out, embedding, dropout, attend):
         super().__init__()
@@ -280,7 +247,6 @@ class ResBlock(nn.Module):
         scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
         out = self.norm2(self.conv1(F.silu(self.norm1(h)))) * (1 + scale) + shift
         return self.attention(self.skip(h) + self.conv2(self.dropout(F.silu(out))))
-
 
 class UNet(nn.Module):
     """net(z, t): (B, channels, H, W) and (B,) -> (B, out_channels, H, W). The network of Section 5, smaller.
@@ -336,20 +302,20 @@ class UNet(nn.Module):
             return self.head(h).to(z.dtype)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 7. Data: uint8 pictures, all of them in memory
-# ------------------------------------------------------------------------------------------------------------
+# ---- 7. Data: uint8 pictures, all of them in memory --------------------------------------------------------
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
-
 
 class Error(ValueError):
     """Wrong input: one line that says what is wrong and what would be right."""
 
-
-def one_line(error):
-    return " ".join(str(error).split()) or type(error).__name__
-
+@contextlib.contextmanager
+def blaming(what, remedy):
+    """Make one Error of whatever fails in here: what is wrong (why): what would be right."""
+    try:
+        yield
+    except Exception as error:
+        raise Error(f"{what} ({textwrap.shorten(f'{type(error).__name__}: {error}', 150)}): {remedy}") from error
 
 def load_dataset(name, data_dir="data", size=None):
     """(images, labels): uint8 (N, C, H, W) and int64 (N,). Error for what can't be loaded.
@@ -359,90 +325,59 @@ def load_dataset(name, data_dir="data", size=None):
     """
     if name == "digits":
         from sklearn.datasets import load_digits
-        digits = load_digits()                                                          # grey levels from 0 to 16
-        images, labels = torch.from_numpy(digits.images[:, None] * 255 / 16).round().to(torch.uint8), digits.target
-    elif name in TORCHVISION:
-        try:
+        digits = load_digits()                                  # grey levels from 0 to 16
+        pairs = zip((digits.images * 255 / 16).round().astype(np.uint8), digits.target)
+    elif name in TORCHVISION:                                   # broken, no network, an interrupted download, a full disk
+        with blaming(f"{name} could not be loaded", "repeat the command with a network, or put the files of torchvision's "
+                     f"{TORCHVISION[name]} into {data_dir}"):
             import torchvision
-            data = getattr(torchvision.datasets, TORCHVISION[name])(data_dir, download=True)
-        except Exception as error:              # torchvision broken, no network, an interrupted download, a full disk
-            raise Error(f"{name} could not be loaded ({one_line(error)}): repeat the command with a network, or put "
-                        f"the files of torchvision's {TORCHVISION[name]} into {data_dir}") from error
-        images, labels = torch.as_tensor(data.data), data.targets
-        images = images[:, None] if images.ndim == 3 else images.permute(0, 3, 1, 2).contiguous()
+            pairs = getattr(torchvision.datasets, TORCHVISION[name])(data_dir, download=True)
     else:
-        return load_folder(Path(name), size)
-    return resize(images, size), torch.as_tensor(labels)
+        pairs = load_folder(Path(name))
+    images, labels = [], []
+    for picture, label in progress(pairs, "reading pictures"):
+        if size:
+            picture = ImageOps.fit(Image.fromarray(np.asarray(picture)), (size, size))
+        images.append(np.atleast_3d(picture))
+        labels.append(label)
+        (h, w, _), (H, W, _) = images[0].shape, images[-1].shape
+        if not h == w == H == W:
+            raise Error(f"the pictures are not all squares of one size ({w}x{h}, {W}x{H}): give --size")
+    channels = max(image.shape[2] for image in images)          # one picture in colour makes all of them RGB
+    images = np.stack([np.broadcast_to(image, (*image.shape[:2], channels)) for image in images])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
 
-
-def resize(images, size):
-    """uint8 (N, C, H, W): the shorter side resized to `size`, the centre cropped; None leaves them as they are."""
-    H, W = images.shape[-2:]
-    if size is None or H == W == size:
-        return images
-    H, W = round(size * max(1, H / W)), round(size * max(1, W / H))
-    images = torch.cat([F.interpolate(part.float(), (H, W), mode="bilinear", antialias=True).round().byte()
-                        for part in images.split(1000)])
-    return images[..., (H - size) // 2:, (W - size) // 2:][..., :size, :size].contiguous()
-
-
-def load_folder(folder, size):
-    from PIL import Image
+def load_folder(folder):
+    """(picture, label) of every picture in a folder, the label being the number of its subfolder."""
     if not folder.is_dir():
         raise Error(f"no data set {str(folder)!r}: give digits, {', '.join(TORCHVISION)} or a folder of pictures")
     files = sorted(file for file in folder.rglob("[!.]*") if file.suffix.lower() in SUFFIXES)
     if len(files) < 2:
         raise Error(f"{folder} holds {len(files)} pictures: at least 2 are needed ({' '.join(SUFFIXES)})")
-    pictures = []
-    for file in tqdm(files, "reading pictures", disable=quiet(), leave=False):
-        try:
-            with Image.open(file) as picture:
-                if picture.mode[0] in "IF":
-                    raise Error(f"{file} has more than 8 bits a channel: convert it to 8 bits")
-                array = np.array(picture.convert("L" if picture.mode in ("1", "L") else "RGB"))
-        except (OSError, SyntaxError, Image.DecompressionBombError) as error:
-            raise Error(f"{file} is not a readable picture ({one_line(error)}): mend or remove it") from error
-        pictures.append(resize(torch.from_numpy(np.atleast_3d(array)).permute(2, 0, 1)[None], size)[0])
-        (_, h, w), (_, H, W) = pictures[0].shape, pictures[-1].shape
-        if not h == w == H == W:
-            raise Error(f"the pictures are not all squares of one size ({files[0].name} is {w}x{h}, {file.name} is "
-                        f"{W}x{H}): give --size")
-    channels = max(len(picture) for picture in pictures)        # one picture in colour makes all of them RGB
     folders = sorted({file.parent for file in files})
-    return (torch.stack([picture.expand(channels, -1, -1) for picture in pictures]),
-            torch.tensor([folders.index(file.parent) for file in files]))
+    for file in files:
+        with blaming(f"{file} is not a readable picture", "mend or remove it"), Image.open(file) as picture:
+            if picture.mode[0] in "IF":
+                raise ValueError("more than 8 bits a channel")
+            picture = picture.convert("L" if picture.mode in ("1", "L") else "RGB")
+        yield picture, folders.index(file.parent)
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 8. Training: one loop for the teacher and for every student
-#
+# ---- 8. Training: one loop for the teacher and for every student -------------------------------------------
 # Algorithm 2 is Algorithm 1 but for two things: t is drawn from the student's discrete clock, for its sampler will
 # only ever visit t = 1/N, ..., 1, and x̃ takes the place of x. All random numbers of an update are a function of
 # (seed, stage, update), so that a stopped run continues as if it had never stopped; and each process draws the
 # whole batch and takes its slice, so that two processes train the model that one trains.
-# ------------------------------------------------------------------------------------------------------------
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
+progress = functools.partial(tqdm, leave=False, disable=True if RANK else None)         # None: only on a terminal
 
 def barrier():
-    if dist.is_initialized():
+    if WORLD > 1:
         dist.barrier()
-
-
-def quiet():
-    """For tqdm's `disable`: one bar, the first process's, and only if somebody looks (None: on a terminal)."""
-    return True if rank() else None
-
 
 def set_seed(*key):
     """Seed torch by whole numbers: (seed, stage, update)."""
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
-
 
 def draw(data, num, flip):
     """`num` random examples; uint8 pictures become floats in [-1, 1], mirrored half the time if `flip`."""
@@ -450,7 +385,6 @@ def draw(data, num, flip):
     if x.dtype == torch.uint8:
         x = x.float() / 127.5 - 1
     return torch.where(torch.rand(num, 1, 1, 1, device=x.device) < 0.5, x.flip(-1), x) if flip else x
-
 
 def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighting="truncated", batch_size=128,
           lr=1e-3, warmup=0, ema=0.999, flip=False, seed=0, stage=0, every=100, resume=None, report=None,
@@ -471,10 +405,10 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
     model.train(teacher is None)                                # dropout is for Algorithm 1 only
-    net = nn.parallel.DistributedDataParallel(model) if dist.is_initialized() else model
+    net = nn.parallel.DistributedDataParallel(model) if WORLD > 1 else model
     totals = torch.zeros(2, device=data.device)
 
-    for update in tqdm(range(read, updates), title, updates, initial=read, disable=quiet(), leave=False):
+    for update in progress(range(read, updates), title, updates, initial=read):
         set_seed(seed, stage, update)
         x = draw(data, batch_size, flip)
         eps = torch.randn_like(x)
@@ -482,13 +416,13 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
             t = torch.rand(batch_size, device=x.device)
         else:                                                   # Algorithm 2: t is one of 1/N, 2/N, ..., 1
             t = torch.randint(1, steps + 1, (batch_size,), device=x.device) / steps
-        x, eps, t = (a.tensor_split(world())[rank()] for a in (x, eps, t))
+        x, eps, t = (a.tensor_split(WORLD)[RANK] for a in (x, eps, t))
         alpha, sigma = alpha_sigma_for(x, t)
         z = alpha * x + sigma * eps
         if teacher is not None:                                 # Algorithm 2: x̃ instead of x
             with torch.inference_mode():
                 x = distill_target(teacher, z, t, t - 1 / steps, substeps)
-        loss = weighted_loss(net, x, z, t, weighting).sum() * world() / batch_size
+        loss = weighted_loss(net, x, z, t, weighting).sum() * WORLD / batch_size
 
         optimizer.zero_grad()
         loss.backward()
@@ -502,15 +436,15 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
         totals += torch.stack([loss.detach(), grad_norm])
 
         if (update + 1) % every == 0 or update + 1 == updates:  # the only place where the host waits for the device
-            if dist.is_initialized():
+            if WORLD > 1:
                 dist.all_reduce(totals)
-            loss, grad_norm = (totals / (update + 1 - read) / world()).tolist()
+            loss, grad_norm = (totals / (update + 1 - read) / WORLD).tolist()
             if not math.isfinite(loss + grad_norm):
                 raise Error(f"the loss of {title} is not finite any more (update {update + 1}): give a lower learning "
                             f"rate; the last good checkpoint is kept")
             totals.zero_()
             read = update + 1
-            rows.append({"update": read, "loss": loss, "grad_norm": grad_norm, "lr": lr * rate})
+            rows.append({"model": title, "update": read, "loss": loss, "grad_norm": grad_norm, "lr": lr * rate})
             if report:
                 report({"update": read, "rows": rows, "average": average, "model": model.state_dict(),
                         "optimizer": optimizer.state_dict()})
@@ -521,32 +455,27 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
     return rows
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 9. Evaluation: did it work?
-#
+# ---- 9. Evaluation: did it work? ---------------------------------------------------------------------------
 # The Fréchet distance here compares features of the run's own teacher: it needs no download, fits any data set and
 # is one ruler for all samplers of a run. It is not the published FID, which is what `--fid` adds.
-# ------------------------------------------------------------------------------------------------------------
 CHUNK = 256                                                     # pictures sampled together
 INIT, EVALUATION = 10**6, 10**6 + 1                             # for set_seed: "stages" that are no stages
-
 
 def generate(model, num, shape, steps, sampler="ddim", seed=0, device="cpu", title="sampling"):
     """uint8 pictures (num, *shape) on the CPU; one seed gives every model and sampler the same noise."""
     images = torch.zeros(num, *shape, dtype=torch.uint8, device=device)
     calls = 2 * steps - 1 if sampler == "heun" else steps
-    with tqdm(total=num * calls, desc=title, disable=quiet(), leave=False) as bar:
+    with progress(total=num * calls, desc=title) as bar:
         def counted(z, t):
-            bar.update(len(z) * world())
+            bar.update(len(z) * WORLD)
             return model(z, t)
-        for start in range(rank() * CHUNK, num, world() * CHUNK):       # each process has its chunks, the sum has all
+        for start in range(RANK * CHUNK, num, WORLD * CHUNK):       # each process has its chunks, the sum has all
             set_seed(seed, EVALUATION, start // CHUNK)
             x = sample(counted, torch.randn(CHUNK, *shape, device=device)[:num - start], steps, sampler)
             images[start:start + CHUNK] = ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
-    if dist.is_initialized():
+    if WORLD > 1:
         dist.all_reduce(images)
     return images.cpu()
-
 
 @torch.no_grad()
 def features(net, images, device="cpu", t=0.1):
@@ -557,7 +486,6 @@ def features(net, images, device="cpu", t=0.1):
         rows.append(net.encode(alpha_sigma(t)[0] * x, x.new_full((len(x),), t))[0].mean((2, 3)).cpu())
     return torch.cat(rows)
 
-
 def frechet_distance(a, b):
     """|μ_a - μ_b|² + tr(C_a + C_b - 2 (C_a C_b)^½) of two (N, D) feature sets: a float, computed in float64.
 
@@ -566,24 +494,18 @@ def frechet_distance(a, b):
     a, b = (torch.as_tensor(f).double().cpu() for f in (a, b))
     if a.ndim != 2 or b.ndim != 2 or min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"give two sets (N, D) with N > 1 and the same D, not {tuple(a.shape)} and {tuple(b.shape)}")
-    cov_a, cov_b = ((f - f.mean(0)).T @ (f - f.mean(0)) / (len(f) - 1) for f in (a, b))
+    cov_a, cov_b = (torch.atleast_2d(torch.cov(f.T)) for f in (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp(min=0).sqrt() @ vectors.T
     cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()        # tr (C_a C_b)^½
     return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
-
 def inception(device):
     """torchmetrics' FID, the published one. Error where it is not to be had."""
-    try:
+    with blaming("--fid needs torchmetrics and the weights of Inception", "pip install 'torchmetrics[image]', give the "
+                 "command a network to download them, or run without --fid"):
         from torchmetrics.image.fid import FrechetInceptionDistance
         return FrechetInceptionDistance(reset_real_features=False).to(device)
-    except ImportError as error:
-        raise Error("--fid needs torchmetrics: pip install 'torchmetrics[image]', or run without --fid") from error
-    except Exception as error:
-        raise Error(f"--fid needs the weights of Inception, whose download failed ({one_line(error)}): repeat the "
-                    "command with a network, or run without --fid") from error
-
 
 def evaluate(models, load, images, config, device, fid=None):
     """(rows, pictures): each student at its own steps, the teacher with DDIM and the ancestral sampler at all of them.
@@ -593,33 +515,29 @@ def evaluate(models, load, images, config, device, fid=None):
     num = config["eval_samples"]
     set_seed(config["seed"], EVALUATION)
     images = images[torch.randperm(len(images))[:10 * num]]
-    teacher, rows, pictures, reference = load("teacher"), [], {}, None
+    teacher, rows, pictures = load("teacher"), [], {}
 
-    def update_fid(images, real):
-        for part in images.split(CHUNK):
+    def measure(images, real):
+        """Features for fd; for fid, torchmetrics is shown the same pictures."""
+        for part in images.split(CHUNK) if fid else ():
             fid.update(part.to(device).expand(-1, 3, -1, -1), real=real)
+        return features(teacher.net, images, device)
 
-    real = features(teacher.net, images, device)
-    if fid:
-        update_fid(images, True)
+    real = measure(images, True)
     for name, steps, sampler in (
-            [("teacher", steps, "ddim") for _, steps in models] + [(*model, "ddim") for model in models[1:]]
+            [(*model, "ddim") for model in models] + [("teacher", steps, "ddim") for _, steps in models[1:]]
             + [("teacher", steps, "ancestral") for _, steps in models]):
-        model = teacher if name == "teacher" else load(name)
-        title = f"evaluating {name}, {sampler} {steps}"
+        model, title = teacher if name == "teacher" else load(name), f"evaluating {name}, {sampler} {steps}"
         fake = generate(model, num, images.shape[1:], steps, sampler, config["seed"], device, title)
-        reference = fake if reference is None else reference    # of the teacher with all its steps, which comes first
-        rows.append({"model": name, "steps": steps, "sampler": sampler,
-                     "fd": frechet_distance(real, features(teacher.net, fake, device)),
-                     "rmse_to_teacher": (fake.float() - reference.float()).div(127.5).square().mean().sqrt().item()})
-        if fid:
-            fid.reset()
-            update_fid(fake, False)
-            rows[-1]["fid"] = fid.compute().item()
         if (name, steps) in models and sampler == "ddim":
-            pictures[name] = fake[:16]
+            pictures[name] = fake
+        drift = (fake.float() - pictures["teacher"].float()) / 127.5
+        rows.append({"model": name, "steps": steps, "sampler": sampler, "fd": frechet_distance(real, measure(fake, False)),
+                     "rmse_to_teacher": drift.square().mean().sqrt().item()})
+        if fid:
+            rows[-1]["fid"] = fid.compute().item()
+            fid.reset()
     return rows, pictures
-
 
 def table(stages, rows):
     """The final table of a run, as text."""
@@ -627,51 +545,41 @@ def table(stages, rows):
     for measure in ("fd", "fid") if "fid" in rows[0] else ("fd",):
         lines.append(f"{measure + ' at':>7}{'distilled':>12}{'DDIM':>12}{'ancestral':>12}{'drift':>12}{'seconds':>12}")
         for stage in stages:
-            steps, own = stage["steps"], cells[stage["model"], "ddim", stage["steps"]]
-            lines.append(f"{steps:7}" + "".join(f"{value:12.4g}" for value in (
-                own[measure], cells["teacher", "ddim", steps][measure], cells["teacher", "ancestral", steps][measure],
-                own["rmse_to_teacher"])) + f"{stage['seconds']:12.1f}")
+            own, *others = (cells[name, sampler, stage["steps"]] for name, sampler in (
+                (stage["model"], "ddim"), ("teacher", "ddim"), ("teacher", "ancestral")))
+            values = [row[measure] for row in (own, *others)] + [own["rmse_to_teacher"]]
+            lines.append(f"{stage['steps']:7}" + "".join(f"{value:12.4g}" for value in values) + f"{stage['seconds']:12.1f}")
     return "\n".join(lines + [
         "fd at N steps: Fréchet distance to the data in the teacher's own features (not the published FID), less is",
         "better; drift: RMSE to the full-step teacher's pictures from the same noise, on a scale from -1 to 1"])
-
 
 def tile(images, columns):
     """uint8 (N, C, H, W) -> one array (rows * H, columns * W[, 3]); places without a picture are black."""
     N, C, H, W = images.shape
     images = F.pad(images, (0, 0, 0, 0, 0, 0, 0, -N % columns))
-    grid = images.reshape(-1, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(-1, columns * W, C)
-    return grid.numpy() if C == 3 else grid[..., 0].numpy()
+    return images.reshape(-1, columns, C, H, W).permute(0, 3, 1, 4, 2).reshape(-1, columns * W, C).squeeze(2).numpy()
 
-
-def plot_samples(pictures, models):
+def plot_samples(pictures, columns=16):
     """samples.png: a row per model, the same noise in every row."""
-    from matplotlib.figure import Figure
-    (columns, _, size, _), rows = pictures["teacher"].shape, len(models)
-    gap = max(1, size // 8)
-    grid = F.pad(torch.cat([pictures[name] for name, _ in models]), (0, gap, 0, gap), value=255)
-    figure = Figure(figsize=(0.5 * columns + 1.6, 0.5 * rows + 0.3), dpi=130)
+    first = [F.pad(images[:columns], (1, 1, 1, 1), value=255) for images in pictures.values()]
+    figure = Figure(figsize=(0.5 * columns + 1.6, 0.5 * len(first) + 0.3), dpi=130)
     axes = figure.add_subplot(title="the same noise in every row", xticks=[])
-    axes.imshow(tile(grid, columns), cmap="gray", vmin=0, vmax=255)
-    axes.set_yticks([i * (size + gap) + (size - 1) / 2 for i in range(rows)],
-                    [f"{name.split('-')[0]}, {steps} step{'s' * (steps > 1)}" for name, steps in models])
+    axes.imshow(tile(torch.cat(first), len(first[0])), cmap="gray", vmin=0, vmax=255)
+    axes.set_yticks([(i + 0.5) * first[0].shape[2] for i in range(len(first))], pictures)
     axes.spines[:].set_visible(False)
-    axes.tick_params(length=0)
     return figure
-
 
 def plot_steps(rows):
     """steps.png: distance against sampling steps."""
-    from matplotlib.figure import Figure
     figure = Figure(figsize=(6, 4), dpi=130)
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="sampling steps",
                               ylabel="Fréchet distance (teacher's features)")
-    for label, colour, chosen in (
-            ("teacher, ancestral", "tab:gray", lambda row: row["sampler"] == "ancestral"),
-            ("teacher, DDIM", "tab:blue", lambda row: row["model"] == "teacher" and row["sampler"] == "ddim"),
-            ("distilled", "tab:red", lambda row: row["model"] != "teacher")):
-        points = [(row["steps"], row["fd"]) for row in rows if chosen(row)]
-        axes.plot(*zip(*points), "o-", color=colour, label=label)
+    lines = {}
+    for row in rows:
+        label = "distilled" if row["model"] != "teacher" else f"teacher, {row['sampler']}"
+        lines.setdefault(label, []).append((row["steps"], row["fd"]))
+    for label, points in lines.items():
+        axes.plot(*zip(*points), "o-", label=label)
     steps = sorted({row["steps"] for row in rows})
     axes.set_xticks(steps, steps)
     axes.minorticks_off()
@@ -680,26 +588,40 @@ def plot_steps(rows):
     return figure
 
 
-# ------------------------------------------------------------------------------------------------------------
-# 10. Command line: settings, the files of a run, main
-# ------------------------------------------------------------------------------------------------------------
+# ---- 10. Command line: settings, the files of a run, main --------------------------------------------------
 COMMON = dict(stages=8, final_steps=1, substeps=2, param="v", weighting="truncated", seed=0, dropout=0, flip=False)
 SMALL = COMMON | dict(
-    width=32, mults=[1, 2], blocks=1, attention=[], batch_size=64, teacher_updates=3800, lr=2e-3, warmup=100,
-    ema=0.998, student_updates=240, student_lr=6e-4, eval_samples=256)
+    channels=1, size=8, width=32, mults=[1, 2], blocks=1, attention=[], batch_size=64, teacher_updates=3800, lr=2e-3,
+    warmup=100, ema=0.998, student_updates=240, student_lr=6e-4, eval_samples=256)
 MIDDLE = COMMON | dict(
-    width=32, mults=[1, 2, 2], blocks=1, attention=[4], batch_size=128, teacher_updates=10000, lr=1e-3, warmup=500,
-    ema=0.999, student_updates=750, student_lr=5e-4, eval_samples=1024)
+    channels=1, size=28, width=32, mults=[1, 2, 2], blocks=1, attention=[4], batch_size=128, teacher_updates=10000,
+    lr=1e-3, warmup=500, ema=0.999, student_updates=750, student_lr=5e-4, eval_samples=1024)
 LARGE = COMMON | dict(
-    width=128, mults=[1, 2, 2, 2], blocks=2, attention=[2, 4], dropout=0.2, flip=True, batch_size=128,
-    teacher_updates=20000, lr=2e-4, warmup=1000, ema=0.9995, student_updates=1500, student_lr=1e-4, eval_samples=2048)
+    channels=3, size=32, width=128, mults=[1, 2, 2, 2], blocks=2, attention=[2, 4], dropout=0.2, flip=True,
+    batch_size=128, teacher_updates=20000, lr=2e-4, warmup=1000, ema=0.9995, student_updates=1500, student_lr=1e-4,
+    eval_samples=2048)
 LARGE_ON_CPU = LARGE | dict(width=32, dropout=0, teacher_updates=4000, student_updates=300, eval_samples=256)
-PRESETS = {"digits": SMALL, "mnist": MIDDLE, "fashion-mnist": MIDDLE, "cifar10": LARGE}      # a folder: LARGE
-SHAPES = {"digits": (1, 8, 8), "mnist": (1, 28, 28), "fashion-mnist": (1, 28, 28), "cifar10": (3, 32, 32)}
+PRESETS = {"digits": SMALL, "mnist": MIDDLE, "fashion-mnist": MIDDLE}           # LARGE for cifar10 and for a folder
 NOT_TRAINING = {"eval_samples", "fid", "device", "compile"}     # settings that leave the trained weights alone
 MAX_STEPS = 8192                                                # the paper's most
 SAVE_SECONDS = 20                                               # at least, from one latest.pt to the next
 
+def settings(args, device, images=None):
+    """The config of a run: the preset, what the command line says instead, and the shape of the data."""
+    preset = PRESETS.get(args.dataset, LARGE_ON_CPU if device.type == "cpu" else LARGE)
+    config = preset | {key: value for key, value in vars(args).items() if key in preset and value is not None}
+    config |= {"dataset": args.dataset, "fid": bool(args.fid), "device": device.type,
+               "compile": device.type == "cuda" if args.compile is None else args.compile}
+    if images is not None:
+        config |= {"images": len(images), "channels": images.shape[1], "size": images.shape[2]}
+    if config["final_steps"] * config["substeps"] ** config["stages"] > MAX_STEPS:
+        raise Error(f"the teacher would need more than {MAX_STEPS} sampling steps (final-steps x substeps^stages): "
+                    "lower one of the three")
+    if config["batch_size"] < WORLD:
+        raise Error(f"--batch-size {config['batch_size']} leaves a process without work: give at least {WORLD}")
+    with torch.no_grad():                                       # raises where the network can't halve the pictures
+        build(config, torch.device("cpu"))(torch.zeros(1, config["channels"], config["size"], config["size"]), 1.0)
+    return config
 
 def build(config, device):
     """The Denoiser that a run's settings describe, with its first weights."""
@@ -709,64 +631,41 @@ def build(config, device):
                channels * (2 if config["param"] == "both" else 1))
     return Denoiser(net, config["param"]).to(device, memory_format=torch.channels_last).eval()
 
-
 def write(path, save):
     """Write what save(file) writes, whole or not at all."""
-    buffer, part = io.BytesIO(), path.with_name(path.name + ".part")
+    buffer, part = io.BytesIO(), Path(f"{path}.part")
     save(buffer)
     try:
-        with open(part, "wb") as file:
-            file.write(buffer.getbuffer())
-            file.flush()
-            os.fsync(file.fileno())
+        part.write_bytes(buffer.getbuffer())
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
 
-
 def write_json(path, content):
     write(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
-
-def load_json(path):
-    try:
-        return dict(json.loads(path.read_text()))
-    except (ValueError, TypeError) as error:
-        raise Error(f"{path} is damaged: choose another --out, or overwrite it with --restart") from error
-
-
-def load_checkpoint(path, keys, remedy, device="cpu"):
-    """The dictionary in a file of torch.save that has these keys. Code hidden in the file is never run."""
-    try:
-        content = torch.load(path, map_location=device, weights_only=True)
-        return {key: content[key] for key in keys}
-    except Exception as error:                                  # whatever a missing, damaged or foreign file causes
-        what = "is not there" if isinstance(error, FileNotFoundError) else "is damaged or not of this kind"
-        raise Error(f"{path} {what} ({type(error).__name__}): {remedy}") from error
-
-
 def load_model(path, device="cpu"):
-    """(denoiser, info) from a teacher.pt or student-N.pt; info has its "name", "steps" and "config"."""
-    remedy = "give a teacher.pt or student-N.pt of a run"
-    info = load_checkpoint(path, ("name", "steps", "config", "model"), remedy, device)
-    try:
-        model = build(info["config"], device)
-        model.load_state_dict(info.pop("model"))
-    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        raise Error(f"{path} does not fit its own settings ({type(error).__name__}): {remedy}") from error
-    return model, info
+    """(denoiser, info) from a teacher.pt or student-N.pt; info has its "name", "steps" and "config".
 
+    Error for any other file; code hidden in it is never run.
+    """
+    with blaming(f"{path} is no checkpoint", "give a teacher.pt or student-N.pt of a run"):
+        info = torch.load(path, map_location=device, weights_only=True)
+        model = build(info["config"], device)
+        model.load_state_dict(info["model"])
+        return model, {key: info[key] for key in ("name", "steps", "config")}
 
 def prepare(out, config, restart):
     """Make the folder of a run, or check that the run in it has these settings."""
-    settings, remedy = out / "config.json", "choose another --out, or overwrite it with --restart"
+    path, remedy = out / "config.json", "choose another --out, or overwrite it with --restart"
     names = ("teacher.pt", "student-*.pt", "latest.pt", "log.csv", "results.json", "samples.png", "steps.png")
     present = [file for name in names for file in out.glob(name)]
     if restart:
-        for file in [settings, *present]:
+        for file in [path, *present]:
             file.unlink(missing_ok=True)
-    elif settings.exists():
-        old = load_json(settings)
+    elif path.exists():
+        with blaming(f"{path} is damaged", remedy):
+            old = dict(json.loads(path.read_text()))
         other = [f"{key} is {old.get(key)} there, {config.get(key)} here" for key in sorted({*old, *config})
                  if old.get(key) != config.get(key) and key not in NOT_TRAINING]
         if other:
@@ -774,96 +673,85 @@ def prepare(out, config, restart):
     elif present:
         raise Error(f"{out} holds {present[0].name}, but no config.json: {remedy}")
     out.mkdir(parents=True, exist_ok=True)
-    write_json(settings, config)
-
+    write_json(path, config)
 
 def environment(device):
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()
-    return {"device": device.type, "device_name": name, "cpus": os.cpu_count(), "processes": world(),
+    return {"device": device.type, "device_name": name, "cpus": os.cpu_count(), "processes": WORLD,
             "torch": torch.__version__, "python": platform.python_version()}
-
 
 def training(config):
     return {key: config[key] for key in ("substeps", "weighting", "batch_size", "warmup", "ema", "flip", "seed")}
 
-
 def run(config, images, out, device, restart):
     """Train the teacher, distill stage by stage, evaluate. The first process writes all the files of a run, here."""
-    first, substeps = rank() == 0, config["substeps"]
-    clocks = [config["final_steps"] * substeps**k for k in range(config["stages"], -1, -1)]         # e.g. 256, ..., 1
+    clocks = [config["final_steps"] * config["substeps"]**k for k in range(config["stages"], -1, -1)]   # 256, ..., 1
     models = [(f"student-{steps}" if stage else "teacher", steps) for stage, steps in enumerate(clocks)]
     fid = inception(device) if config["fid"] else None
-    if first:
+    if RANK == 0:
         prepare(out, config, restart)
     barrier()
-    state = {"stage": 0, "stages": [], "rows": [], "train": None, "seconds": 0.0}                   # latest.pt
-    if (out / "results.json").exists():
-        results = load_json(out / "results.json")
-        if all(results["config"][key] == config[key] for key in ("eval_samples", "fid")):
-            return first and print(table(results["stages"], results["evaluation"]),
-                                   f"{out} is finished; --restart runs it again", sep="\n")
-        state |= {"stage": len(models), "stages": results["stages"]}
-    elif (out / "latest.pt").exists():
-        state = load_checkpoint(out / "latest.pt", state, "start the run again with --restart", device)
-        if first:
-            print("continuing", (models + [("the evaluation", 0)])[state["stage"]][0])
+    state, finished = {"stage": 0, "stages": [], "rows": [], "train": None, "seconds": 0.0}, None   # latest.pt
+    with blaming(f"{out} is damaged", "start the run again with --restart"):
+        if (out / "results.json").exists():
+            results = json.loads((out / "results.json").read_text())
+            state |= {"stage": len(models), "stages": results["stages"]}
+            if all(results["config"][key] == config[key] for key in ("eval_samples", "fid")):
+                finished = table(results["stages"], results["evaluation"])
+        elif (out / "latest.pt").exists():
+            latest = torch.load(out / "latest.pt", map_location=device, weights_only=True)
+            state = {key: latest[key] for key in state}
+    if finished:
+        return RANK == 0 and print(f"{finished}\n{out} is finished; --restart runs it again")
 
     def load(name):
         return load_model(out / f"{name}.pt", device)[0]
 
-    def save(rows):
-        if first:
-            lines = [",".join(map(str, row)) for row in [("model", "update", "loss", "grad_norm", "lr"), *rows]]
-            write(out / "log.csv", lambda file: file.write(("\n".join(lines) + "\n").encode()))
+    def save(progress=None):
+        """Write log.csv and latest.pt: at the end of a stage, or progress within it if the last time is a while ago."""
+        nonlocal saved
+        if RANK == 0 and (progress is None or time.monotonic() - saved > SAVE_SECONDS):
+            saved = time.monotonic()
+            state.update(train=progress, seconds=saved - began if progress else 0.0)
+            rows = state["rows"] + (progress["rows"] if progress else [])
+            lines = [",".join(map(str, row)) + "\n" for row in [rows[0], *(row.values() for row in rows)]]
+            write(out / "log.csv", lambda file: file.write("".join(lines).encode()))
             write(out / "latest.pt", lambda file: torch.save(state, file))
 
-    data = images.to(device)
+    data, saved = images.to(device), time.monotonic()
     for stage, (name, steps) in list(enumerate(models))[state["stage"]:]:
         model, teacher, updates, lr = build(config, device), None, config["teacher_updates"], config["lr"]
         if stage:                                               # a student starts as a copy of its teacher
             teacher, updates, lr = load(models[stage - 1][0]), config["student_updates"], config["student_lr"]
             updates *= 2 if steps <= 2 else 1                   # the hardest stages get twice as many (Section 5)
             model.load_state_dict(teacher.state_dict())
-        if config["compile"]:
-            for module in (model, teacher) if teacher else (model,):
-                module.net.compile()
+        for denoiser in filter(None, (model, teacher)) if config["compile"] else ():
+            denoiser.net.compile()
         began = time.monotonic() - state["seconds"]
-        saved = time.monotonic()
-
-        def report(progress):
-            nonlocal saved
-            if time.monotonic() - saved > SAVE_SECONDS:
-                state.update(train=progress, seconds=time.monotonic() - began)
-                save(state["rows"] + [[name, *row.values()] for row in progress["rows"]])
-                saved = time.monotonic()
         rows = train(model, data, updates, teacher=teacher, steps=steps, lr=lr, stage=stage, title=name,
-                     resume=state["train"], report=report, **training(config))
+                     resume=state["train"], report=save, **training(config))
         seconds = time.monotonic() - began
-        result = {"model": name, "steps": steps, "updates": updates, "seconds": seconds,
-                  "images_per_second": updates * config["batch_size"] / seconds, "loss": rows[-1]["loss"]}
-        content = {"name": name, "steps": steps, "config": config, "model": model.state_dict()}
-        if first:
+        state["stage"], state["rows"] = stage + 1, state["rows"] + rows
+        state["stages"].append({"model": name, "steps": steps, "updates": updates, "seconds": seconds,
+                                "images_per_second": updates * config["batch_size"] / seconds, "loss": rows[-1]["loss"]})
+        if RANK == 0:
+            content = {"name": name, "steps": steps, "config": config, "model": model.state_dict()}
             write(out / f"{name}.pt", lambda file: torch.save(content, file))
             print(f"{name:12}{steps:6} steps{updates:8} updates{seconds:9.1f} s   loss {rows[-1]['loss']:.5f}")
-        state.update(stage=stage + 1, stages=state["stages"] + [result], train=None, seconds=0.0,
-                     rows=state["rows"] + [[name, *row.values()] for row in rows])
-        save(state["rows"])
+        save()
         barrier()
 
     evaluation, pictures = evaluate(models, load, images, config, device, fid)
-    if first:
-        results = {"config": config, "environment": environment(device), "stages": state["stages"],
-                   "evaluation": evaluation}
-        for name, figure in (("samples.png", plot_samples(pictures, models)), ("steps.png", plot_steps(evaluation))):
+    if RANK == 0:
+        for name, figure in (("samples.png", plot_samples(pictures)), ("steps.png", plot_steps(evaluation))):
             write(out / name, lambda file: figure.savefig(file, bbox_inches="tight"))
-        write_json(out / "results.json", results)
+        write_json(out / "results.json", {"config": config, "environment": environment(device),
+                                          "stages": state["stages"], "evaluation": evaluation})
         (out / "latest.pt").unlink(missing_ok=True)
         print(table(state["stages"], evaluation))
 
-
 def sample_to_file(args, device):
     """--sample: pictures from a checkpoint into a grid (.png), an array (.npz) or a folder of PNG files."""
-    from PIL import Image
     model, info = load_model(args.sample, device)
     steps, out, size = args.steps or info["steps"], Path(args.out or "grid.png"), info["config"]["size"]
     if info["name"] != "teacher" and info["steps"] % steps:
@@ -879,106 +767,90 @@ def sample_to_file(args, device):
         grid, scale = tile(images, math.ceil(len(images) ** 0.5)), max(1, 32 // size)
         write(out, lambda file: Image.fromarray(grid.repeat(scale, 0).repeat(scale, 1)).save(file, "png"))
     else:
-        part = out.with_name(out.name + ".part")
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        try:
+        with tempfile.TemporaryDirectory(dir=out.parent) as part:
             for i, image in enumerate(images):
-                Image.fromarray(tile(image[None], 1)).save(part / f"{i:06}.png")
+                Image.fromarray(tile(image[None], 1)).save(Path(part, f"{i:06}.png"))
             os.replace(part, out)
-        finally:
-            shutil.rmtree(part, ignore_errors=True)
+            Path(part).mkdir()                                  # for TemporaryDirectory to remove
     print(f"{len(images)} pictures, {steps} step{'s' * (steps > 1)} each: {out}")
 
-
-def benchmark(config, images, device, out):
+def benchmark(config, device, out):
     """--benchmark: the speed of training and sampling, and its share of what this machine can do at its best."""
-    cuda = device.type == "cuda"
+    from torch.utils.benchmark import Timer
+    cuda, B = device.type == "cuda", config["batch_size"]
+    shape = config["channels"], config["size"], config["size"]
     kind = torch.bfloat16 if cuda else torch.float32
 
-    def seconds(job, budget=1.0):
-        """Median seconds of one round of job(n), which does n rounds; five repeats after a warm-up."""
-        def timed(n):
-            start = time.perf_counter()
-            job(n)
-            if cuda:
-                torch.cuda.synchronize()
-            return (time.perf_counter() - start) / n
-        n = max(1, round(budget / min(timed(1), timed(1))))
-        return statistics.median(timed(n) for _ in range(5))
-
-    def rounds(function):
-        return lambda n: [function() for _ in range(n)]
-
-    def best(flops_and_jobs):
-        with torch.no_grad():
-            return max(flops / seconds(rounds(job), 0.2) / 1e12 for flops, job in flops_and_jobs)
-
-    matrices = [torch.randn(n, n, device=device, dtype=kind) for n in ((4096, 8192, 16384) if cuda else (1024, 2048))]
-    B, layers = config["batch_size"], []
-    for width, size in ((32, 8), (64, 8), (128, 16), (256, 16)):
-        h = torch.randn(B, width, size, size, device=device, dtype=kind).to(memory_format=torch.channels_last)
-        conv = nn.Conv2d(width, width, 3, padding=1).to(device, kind, memory_format=torch.channels_last)
-        layers.append((2 * 9 * B * (width * size) ** 2, lambda conv=conv, h=h: conv(h)))
-    ceilings = {"matmul": best((2 * len(a) ** 3, lambda a=a: a @ a) for a in matrices), "conv": best(layers)}
-
-    model, teacher, data, shape = build(config, device), build(config, device), images.to(device), images.shape[1:]
-    jobs = {
-        "teacher update": (B, lambda n: train(model, data, n, **training(config))),
-        "student update": (B, lambda n: train(model, data, n, teacher=teacher, steps=4, **training(config))),
-        "sampling, 1 step": (CHUNK, rounds(lambda: generate(model, CHUNK, shape, 1, device=device))),
-        "sampling, 256 steps": (CHUNK, rounds(lambda: generate(model, CHUNK, shape, 256, device=device)))}
-    flops, rows = {}, []
-    for name, (_, job) in jobs.items():                         # counted before anything is compiled
+    def flops(job):
         with FlopCounterMode(display=False) as counter:
-            job(1)
-        flops[name] = counter.get_total_flops()
-    if config["compile"]:
-        model.net.compile()
-        teacher.net.compile()
+            job()
+        return counter.get_total_flops()
+
+    def seconds(job):
+        """The median of several repeats after a warm-up."""
+        timer = Timer("job()", globals={"job": job}, num_threads=torch.get_num_threads())
+        return timer.adaptive_autorange(max_run_time=60).median
+
+    def matmul(n):
+        a = torch.randn(n, n, device=device, dtype=kind)
+        return lambda: a @ a
+
+    def conv(width, size):
+        layer, h = nn.Conv2d(width, width, 3, padding=1), torch.randn(B, width, size, size)
+        layer, h = (a.to(device, kind, memory_format=torch.channels_last) for a in (layer, h))
+        return lambda: layer(h)
+
+    with torch.no_grad():
+        ceilings = {name: max(flops(job) / seconds(job) for job in jobs) / 1e12 for name, jobs in (
+            ("matmul", map(matmul, (4096, 8192, 16384) if cuda else (1024, 2048))),
+            ("conv", itertools.starmap(conv, ((32, 8), (64, 8), (128, 16), (256, 16)))))}
+    print(f"best matmul {ceilings['matmul']:.3f}, best 3x3 conv {ceilings['conv']:.3f} TFLOP/s ({kind})")
+
+    model, teacher = build(config, device), build(config, device)
+    data = torch.randint(256, (1024, *shape), dtype=torch.uint8, device=device)
+    jobs = {"teacher update": (10 * B, lambda: train(model, data, 10, **training(config))),
+            "student update": (10 * B, lambda: train(model, data, 10, teacher=teacher, steps=4, **training(config))),
+            "sampling, 1 step": (CHUNK, lambda: generate(model, CHUNK, shape, 1, device=device)),
+            "sampling, 256 steps": (CHUNK, lambda: generate(model, CHUNK, shape, 256, device=device))}
+    work, rows = {name: flops(job) for name, (_, job) in jobs.items()}, []          # before anything is compiled
+    for denoiser in (model, teacher) if config["compile"] else ():
+        denoiser.net.compile()
     for name, (num, job) in jobs.items():
         began = time.monotonic()
-        job(1)
+        job()
         first = time.monotonic() - began
         if cuda:
             torch.cuda.reset_peak_memory_stats()
         each = seconds(job)
-        tflops = flops[name] / each / 1e12
-        kilobytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        memory = torch.cuda.max_memory_allocated() if cuda else 1024 * kilobytes
-        rows.append({"job": name, "seconds": each, "images_per_second": num / each, "tflops": tflops,
-                     "peak_memory_gb": memory / 1e9,
-                     **{f"share_of_{key}": tflops / value for key, value in ceilings.items()},
-                     "compile_seconds": max(0, first - each) if config["compile"] else 0})
-        print(f"{name:20}{num / each:12,.0f} images/s{tflops:9.3f} TFLOP/s, {tflops / ceilings['matmul']:.0%} of the "
-              f"best matmul, {tflops / ceilings['conv']:.0%} of the best conv, peak {memory / 1e9:.2f} GB")
+        memory = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        row = {"job": name, "images_per_second": num / each, "tflops": work[name] / each / 1e12, "peak_memory_gb": memory / 1e9,
+               "compile_seconds": max(0, first - each) if config["compile"] else 0}
+        shares = {f"share_of_{key}": row["tflops"] / value for key, value in ceilings.items()}
+        rows.append(row | shares)
+        print("{job:20}{images_per_second:12,.0f} images/s{tflops:9.3f} TFLOP/s, {share_of_matmul:.0%} of the best matmul, "
+              "{share_of_conv:.0%} of the best conv, peak {peak_memory_gb:.2f} GB".format(**rows[-1]))
     out.parent.mkdir(parents=True, exist_ok=True)
     write_json(out, {"config": config, "environment": environment(device), "ceilings_tflops": ceilings, "rows": rows})
-    print(f"best matmul {ceilings['matmul']:.3f}, best 3x3 conv {ceilings['conv']:.3f} TFLOP/s ({kind}); all in {out}")
-
 
 class Parser(argparse.ArgumentParser):
     def error(self, message):                                   # one line, like every other error
         raise Error(message)
 
-
 def number(kind, low, high):
     """An argparse type: a number from low to high."""
     def parse(text):
         with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
+            if low <= (value := kind(text)) <= high:
+                return value
         raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number from {low:g} to {high:g}")
     return parse
 
-
 def parse_args(argv):
     """The command line; what is not given is None and comes from the preset."""
-    parser = Parser("pd.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                    allow_abbrev=False)
+    parser = Parser("pd.py", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     count, steps, rate = number(int, 1, 10**9), number(int, 1, MAX_STEPS), number(float, 1e-9, 1e9)
-    both, training, sampling = (parser.add_argument_group(name) for name in ("always", "training", "with --sample"))
-    add = both.add_argument
+    training, sampling = parser.add_argument_group("training"), parser.add_argument_group("with --sample")
+    add = parser.add_argument
     add("--seed", type=number(int, 0, 2**32 - 1))
     add("--device", help="cpu, cuda or cuda:N; default: a GPU if there is one")
     add("--out", help="the run's folder; with --sample a .png, an .npz or a folder")
@@ -1013,35 +885,14 @@ def parse_args(argv):
             raise Error(f"{action.option_strings[0]} {'does not go with' if args.sample else 'needs'} --sample")
     return args
 
-
-def settings(args, images, device):
-    """The config of a run: the preset, what the command line says instead, and the shape of the data."""
-    preset = PRESETS.get(args.dataset, LARGE)
-    if preset is LARGE and device.type == "cpu":
-        preset = LARGE_ON_CPU
-    config = preset | {key: value for key, value in vars(args).items() if key in preset and value is not None}
-    config |= {"dataset": args.dataset, "images": len(images), "channels": images.shape[1], "size": images.shape[2],
-               "fid": bool(args.fid), "device": device.type,
-               "compile": device.type == "cuda" if args.compile is None else args.compile}
-    if config["final_steps"] * config["substeps"] ** config["stages"] > MAX_STEPS:
-        raise Error(f"the teacher would need more than {MAX_STEPS} sampling steps (final-steps x substeps^stages): "
-                    "lower one of the three")
-    if config["batch_size"] < world():
-        raise Error(f"--batch-size {config['batch_size']} leaves a process without work: give at least {world()}")
-    with torch.no_grad():                                       # raises where the network can't halve the pictures
-        build(config, torch.device("cpu"))(images[:1].float(), 1.0)
-    return config
-
-
 def choose_device(name):
-    found = torch.cuda.device_count()
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
     name = name or ("cuda" if found else "cpu")
     if name == "cuda":
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if name not in ("cpu", *(f"cuda:{i}" for i in range(found))):
-        raise Error(f"no device {name!r} here: give cpu" + (f" or cuda:0 to cuda:{found - 1}" if found else ""))
+    if name not in ("cpu", *found):
+        raise Error(f"no device {name!r} here: give {' or '.join(['cpu', *found])}")
     return torch.device(name)
-
 
 def main(argv=None):
     """The command line. Wrong input ends with status 2 and one line, Ctrl-C with 130."""
@@ -1052,33 +903,31 @@ def main(argv=None):
             torch.cuda.set_device(device)
         if args.sample:
             return sample_to_file(args, device)
-        if "WORLD_SIZE" in os.environ:                          # started by torchrun
+        if WORLD > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
         args.dataset = args.dataset or "digits"
+        name = Path(args.dataset).resolve().name
         if args.benchmark:
-            shape = SHAPES.get(args.dataset, (3, args.size or 32, args.size or 32))
-            images = torch.randint(256, (1024, *shape), dtype=torch.uint8)
-            out = Path(args.out or f"runs/benchmark-{Path(args.dataset).name}-{device.type}.json")
-            return benchmark(settings(args, images, device), images, device, out)
-        for turn in range(min(2, world())):                     # the first process downloads, then the others load
-            if turn == min(1, rank()):
-                images, _ = load_dataset(args.dataset, args.data_dir or "data", args.size)
+            out = Path(args.out or f"runs/benchmark-{name}-{device.type}.json")
+            return benchmark(settings(args, device), device, out)
+        if RANK > 0:                                            # the first process downloads, then the others load
             barrier()
-        config = settings(args, images, device)
-        out = Path(args.out or Path("runs", Path(args.dataset).resolve().name))
-        if rank() == 0:
+        images, _ = load_dataset(args.dataset, args.data_dir or "data", args.size)
+        if RANK == 0:
+            barrier()
+        config, out = settings(args, device, images), Path(args.out or f"runs/{name}")
+        if RANK == 0:
             print(f"{args.dataset}: {len(images)} pictures of {'x'.join(map(str, images.shape[1:]))}; run in {out}")
         run(config, images, out, device, args.restart)
     except KeyboardInterrupt:
         print("pd.py: stopped; the same command continues where it last saved", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
-        print(f"pd.py: error: {one_line(error)}", file=sys.stderr)
+        print(f"pd.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
-
 
 if __name__ == "__main__":
     main()
