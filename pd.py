@@ -202,7 +202,8 @@ def distill_target(teacher, z, t, s, substeps=2):
 # The UNet of DDPM and its heirs: residual blocks with GroupNorm that t scales and shifts, self-attention at chosen
 # resolutions, skip connections. The last layer of every block and of the network starts at zero, so that a fresh
 # v-network says v = 0, that is x̂ = α z. On a GPU it computes in bfloat16; everything around it is float32.
-EMBEDDING = 128                                 # numbers that describe t to the network
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
+EMBEDDING = 128                                                 # numbers that describe t to the network
 
 def time_embedding(t, dim):
     """(B, dim): cosines, then sines of 1000 t at dim / 2 frequencies from 1 down to almost 1/10000; t is (B,)."""
@@ -246,8 +247,9 @@ class ResBlock(nn.Module):
     def forward(self, h, emb):
         scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
         out = F.silu(self.norm2(self.conv1(F.silu(self.norm1(h)))) * (1 + scale) + shift)
-        if self.training and self.dropout:                      # nn.Dropout, a quarter faster on a CPU
-            out = out * (torch.rand_like(out) >= self.dropout) / (1 - self.dropout)
+        if self.training and self.dropout:                      # as the rest: drawn for all processes, then sliced
+            noise = torch.empty(WORLD * len(out), *out.shape[1:], device=out.device, memory_format=torch.channels_last)
+            out = out * (noise.uniform_().chunk(WORLD)[RANK] >= self.dropout) / (1 - self.dropout)
         return self.attention(self.skip(h) + self.conv2(out))
 
 class UNet(nn.Module):
@@ -305,6 +307,7 @@ class UNet(nn.Module):
 
 
 # ---- 7. Data: uint8 pictures, all of them in memory --------------------------------------------------------
+progress = functools.partial(tqdm, leave=False, disable=True if RANK else None)         # None: only on a terminal
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 
@@ -370,8 +373,6 @@ def load_folder(folder):
 # only ever visit t = 1/N, ..., 1, and x̃ takes the place of x. All random numbers of an update are a function of
 # (seed, stage, update), so that a stopped run continues as if it had never stopped; and each process draws the
 # whole batch and takes its slice, so that two processes train the model that one trains.
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
-progress = functools.partial(tqdm, leave=False, disable=True if RANK else None)         # None: only on a terminal
 
 def barrier():
     if WORLD > 1:
@@ -418,13 +419,13 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
             t = torch.rand(batch_size, device=x.device)
         else:                                                   # Algorithm 2: t is one of 1/N, 2/N, ..., 1
             t = torch.randint(1, steps + 1, (batch_size,), device=x.device) / steps
-        x, eps, t = (a.tensor_split(WORLD)[RANK] for a in (x, eps, t))
+        x, eps, t = (a.chunk(WORLD)[RANK] for a in (x, eps, t))
         alpha, sigma = alpha_sigma_for(x, t)
         z = alpha * x + sigma * eps
         if teacher is not None:                                 # Algorithm 2: x̃ instead of x
             with torch.inference_mode():
                 x = distill_target(teacher, z, t, t - 1 / steps, substeps)
-        loss = weighted_loss(net, x, z, t, weighting).sum() * WORLD / batch_size
+        loss = weighted_loss(net, x, z, t, weighting).mean()
 
         optimizer.zero_grad()
         loss.backward()
@@ -619,8 +620,8 @@ def settings(args, device, images=None):
     if config["final_steps"] * config["substeps"] ** config["stages"] > MAX_STEPS:
         raise Error(f"the teacher would need more than {MAX_STEPS} sampling steps (final-steps x substeps^stages): "
                     "lower one of the three")
-    if config["batch_size"] < WORLD:
-        raise Error(f"--batch-size {config['batch_size']} leaves a process without work: give at least {WORLD}")
+    if config["batch_size"] % WORLD:
+        raise Error(f"--batch-size {config['batch_size']} can't be shared evenly: give a multiple of {WORLD} processes")
     with torch.no_grad():                                       # raises where the network can't halve the pictures
         build(config, torch.device("cpu"))(torch.zeros(1, config["channels"], config["size"], config["size"]), 1.0)
     return config

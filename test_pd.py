@@ -9,7 +9,7 @@
 A test takes the module under test as `pd`: the official pd.py for pytest, somebody's answers for the grader.
 Equations and algorithms are those of Salimans & Ho, arXiv:2202.00512.
 """
-import argparse, ast, contextlib, copy, csv, inspect, io, itertools, json, math, os, pickle, random, re, resource
+import argparse, ast, contextlib, copy, csv, inspect, io, json, math, os, pickle, random, re, resource
 import select, shutil, signal, socket, subprocess, sys, tempfile, textwrap, threading, time, types
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -2133,7 +2133,7 @@ def test_a_full_disk_is_one_line_and_the_same_command_continues(undisturbed, tmp
     same_run(undisturbed, tmp_path / "run")
 
 
-MORE = ("--width 16 --teacher-updates 200 --student-updates 100 --stages 1 --batch-size 15 --eval-samples 300 "
+MORE = ("--width 16 --teacher-updates 200 --student-updates 100 --stages 1 --batch-size 16 --eval-samples 300 "
         "--lr 1e-3 --student-lr 5e-4 --device cpu").split()
 
 
@@ -2168,6 +2168,13 @@ def same_model(a, b):
         assert x["fd"] == pytest.approx(y["fd"], rel=0.02) and x["model"] == y["model"]
         assert x["rmse_to_teacher"] == pytest.approx(y["rmse_to_teacher"], abs=0.01)
     return two["environment"]["processes"]
+
+
+def test_a_batch_must_be_shared_evenly(monkeypatch):
+    monkeypatch.setattr(program, "WORLD", 3)
+    args = program.parse_args(["--dataset", "digits"])          # batches of 64
+    with pytest.raises(program.Error, match="multiple of 3"):
+        program.settings(args, torch.device("cpu"))
 
 
 def test_two_processes_train_the_model_that_one_trains(alone, tmp_path):
