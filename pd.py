@@ -595,7 +595,7 @@ def plot_steps(rows):
 COMMON = dict(stages=8, final_steps=1, substeps=2, param="v", weighting="truncated", seed=0, dropout=0, flip=False)
 SMALL = COMMON | dict(                                          # dropout, or 1,797 digits are learnt by heart
     channels=1, size=8, width=32, mults=[1, 2], blocks=1, attention=[], dropout=0.3, batch_size=64,
-    teacher_updates=2300, lr=2e-3, warmup=100, ema=0.998, student_updates=160, student_lr=6e-4, eval_samples=192)
+    teacher_updates=2300, lr=2e-3, warmup=100, ema=0.998, student_updates=150, student_lr=6e-4, eval_samples=192)
 MIDDLE = COMMON | dict(
     channels=1, size=28, width=32, mults=[1, 2, 2], blocks=1, attention=[4], batch_size=128, teacher_updates=10000,
     lr=1e-3, warmup=500, ema=0.999, student_updates=750, student_lr=5e-4, eval_samples=1024)
