@@ -639,7 +639,10 @@ def write(path, save):
     buffer, part = io.BytesIO(), Path(f"{path}.part")
     save(buffer)
     try:
-        part.write_bytes(buffer.getbuffer())
+        with open(part, "wb") as file:
+            file.write(buffer.getbuffer())
+            file.flush()
+            os.fsync(file.fileno())                             # on the disk before it takes the place of the old one
         os.replace(part, path)
     finally:
         part.unlink(missing_ok=True)
@@ -772,10 +775,11 @@ def sample_to_file(args, device):
         write(out, lambda file: Image.fromarray(grid.repeat(scale, 0).repeat(scale, 1)).save(file, "png"))
     else:
         with tempfile.TemporaryDirectory(dir=out.parent) as part:
+            folder = Path(part, "pictures")                     # a temporary folder itself is its owner's alone
+            folder.mkdir()
             for i, image in enumerate(images):
-                Image.fromarray(tile(image[None], 1)).save(Path(part, f"{i:06}.png"))
-            os.replace(part, out)
-            Path(part).mkdir()                                  # for TemporaryDirectory to remove
+                Image.fromarray(tile(image[None], 1)).save(folder / f"{i:06}.png")
+            os.replace(folder, out)
     print(f"{len(images)} pictures, {steps} step{'s' * (steps > 1)} each: {out}")
 
 def benchmark(config, device, out):
