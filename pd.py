@@ -20,7 +20,6 @@ from PIL import Image, ImageOps
 from torch.utils.flop_counter import FlopCounterMode
 from tqdm import tqdm
 
-
 # ---- 1. Schedule: what is z_t? -----------------------------------------------------------------------------
 # A noisy picture: z_t = α_t x + σ_t ε with ε ~ N(0, I). The clock t runs from 0 (data) to 1 (noise) while
 # (α_t, σ_t) walks a quarter of the unit circle: α² + σ² = 1, the variance-preserving cosine schedule (Sections
@@ -46,7 +45,6 @@ def log_snr(t):
 def alpha_sigma_for(z, t):
     """(α_t, σ_t) in a shape to multiply z with: (B,) becomes (B, 1, ..., 1), a scalar stays one."""
     return [a.reshape(-1, *[1] * (z.ndim - 1)) if a.ndim else a for a in alpha_sigma(t)]
-
 
 # ---- 2. Parameterizations: what does the network predict? --------------------------------------------------
 # Given z_t, to know x is to know ε, for z_t = α x + σ ε: in exact arithmetic it does not matter which of x, ε or
@@ -80,14 +78,11 @@ class Denoiser(nn.Module):
 
     def __init__(self, net, param="v"):
         super().__init__()
-        if param not in PARAMS:
-            raise ValueError(f"param must be one of {', '.join(PARAMS)}, not {param!r}")
         self.net, self.param = net, param
 
     def forward(self, z, t):
         clock = t.to(z) if torch.is_tensor(t) else z.new_full((), t)
         return to_x_eps(self.net(z, clock.expand(len(z))), z, t, self.param)
-
 
 # ---- 3. Loss weights: which error counts how much? ---------------------------------------------------------
 # Every loss is w(λ_t) ‖x - x̂‖². Because ε - ε̂ = -(α/σ)(x - x̂), the usual ‖ε - ε̂‖² has w = α²/σ² = SNR (Equation 9).
@@ -112,7 +107,6 @@ def weighted_loss(model, x_target, z, t, weighting):
     """
     x_hat, _ = model(z, t)
     return loss_weight(t, weighting) * (x_target - x_hat).square().reshape(len(z), -1).mean(1)
-
 
 # ---- 4. Sampling: how do predictions become a picture? -----------------------------------------------------
 # The probability-flow ODE takes the noise away. In the plane of α and σ it reads dz = x̂ dα + ε̂ dσ (Equation 6).
@@ -169,7 +163,6 @@ def sample(model, z, steps, sampler="ddim", clip=False, noise_scale=1.0):
             z = heun_step(predict, x_hat, eps_hat, z, t, s)
     return z
 
-
 # ---- 5. Distillation: what does the student learn? ---------------------------------------------------------
 # One step of the student shall end where two of the teacher end. Algorithm 2 solves this for the x̃ to predict:
 #     α_s x̃ + σ_s (z_t - α_t x̃) / σ_t = z_s    =>    x̃ = (z_s - (σ_s/σ_t) z_t) / (α_s - (σ_s/σ_t) α_t)
@@ -197,22 +190,19 @@ def distill_target(teacher, z, t, s, substeps=2):
         z = ddim_step(x_hat, eps_hat, end)
     return x_tilde / (alpha_over_sigma(s) - alpha_over_sigma(t))
 
-
 # ---- 6. Network --------------------------------------------------------------------------------------------
 # The UNet of DDPM and its heirs: residual blocks with GroupNorm that t scales and shifts, self-attention at chosen
 # resolutions, skip connections. The last layer of every block and of the network starts at zero, so that a fresh
 # v-network says v = 0, that is x̂ = α z. On a GPU it computes in bfloat16; everything around it is float32.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
-EMBEDDING = 128                                                 # numbers that describe t to the network
 
-def time_embedding(t, dim):
+def time_embedding(t, dim=128):
     """(B, dim): cosines, then sines of 1000 t at dim / 2 frequencies from 1 down to almost 1/10000; t is (B,)."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = 1000 * t[:, None] * freqs
     return torch.cat([angles.cos(), angles.sin()], dim=1)
 
-def conv3(width_in, width_out, stride=1):
-    return nn.Conv2d(width_in, width_out, 3, stride, padding=1)
+conv3 = functools.partial(nn.Conv2d, kernel_size=3, padding=1)
 
 def norm(width):
     return nn.GroupNorm(max(1, math.gcd(width, 32) // 4), width)
@@ -263,7 +253,7 @@ class UNet(nn.Module):
     def __init__(self, channels, width, mults=(1, 2), blocks=1, attention=(), dropout=0.0, out_channels=None):
         super().__init__()
         self.multiple, emb, widths = 2 ** (len(mults) - 1), 4 * width, [width]
-        self.embed = nn.Sequential(nn.Linear(EMBEDDING, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
+        self.embed = nn.Sequential(nn.Linear(128, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
         self.stem, self.down, self.up = conv3(channels, width), nn.ModuleList(), nn.ModuleList()
         for i, mult in enumerate(mults):
             if i > 0:
@@ -282,48 +272,42 @@ class UNet(nn.Module):
                 self.up.append(nn.Sequential(nn.Upsample(scale_factor=2), conv3(h, h)))
         self.head = nn.Sequential(norm(h), nn.SiLU(), zero(conv3(h, out_channels or channels)))
 
-    def encode(self, z, t):
-        """The bottleneck (B, C, H / multiple, W / multiple), the skips on the way down, the embedding of t."""
+    def forward(self, z, t, bottleneck=False):
+        """With `bottleneck` it stops half-way and returns (B, C, H / multiple, W / multiple), for `features`."""
         H, W = z.shape[-2:]
         if H % self.multiple or W % self.multiple:
             raise ValueError(f"this network can't halve {W}x{H} pictures: sizes must be multiples of {self.multiple}")
-        emb = self.embed(time_embedding(t, EMBEDDING))
-        h = self.stem(z).contiguous(memory_format=torch.channels_last)
-        skips = [h]
-        for layer in self.down:
-            h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
-            skips.append(h)
-        for layer in self.middle:
-            h = layer(h, emb)
-        return h, skips, emb
-
-    def forward(self, z, t):
         with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
-            h, skips, emb = self.encode(z, t)
+            emb = self.embed(time_embedding(t))
+            h = self.stem(z).contiguous(memory_format=torch.channels_last)
+            skips = [h]
+            for layer in self.down:
+                h = layer(h, emb) if isinstance(layer, ResBlock) else layer(h)
+                skips.append(h)
+            for layer in self.middle:
+                h = layer(h, emb)
+            if bottleneck:
+                return h.to(z.dtype)
             for layer in self.up:
                 block = isinstance(layer, ResBlock)
                 h = layer(torch.cat([h, skips.pop()], dim=1), emb) if block else layer(h)
             return self.head(h).to(z.dtype)
-
 
 # ---- 7. Data: uint8 pictures, all of them in memory --------------------------------------------------------
 progress = functools.partial(tqdm, leave=False, disable=True if RANK else None)         # None: only on a terminal
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 SUFFIXES = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".pgm", ".ppm", ".tif", ".tiff", ".webp")
 
-class Error(ValueError):
-    """Wrong input: one line that says what is wrong and what would be right."""
-
 @contextlib.contextmanager
 def blaming(what, remedy):
-    """Make one Error of whatever fails in here: what is wrong (why): what would be right."""
+    """Make one ValueError of whatever fails in here: what is wrong (why): what would be right."""
     try:
         yield
     except Exception as error:
-        raise Error(f"{what} ({textwrap.shorten(f'{type(error).__name__}: {error}', 150)}): {remedy}") from error
+        raise ValueError(f"{what} ({textwrap.shorten(f'{type(error).__name__}: {error}', 150)}): {remedy}") from error
 
 def load_dataset(name, data_dir="data", size=None):
-    """(images, labels): uint8 (N, C, H, W) and int64 (N,). Error for what can't be loaded.
+    """(images, labels): uint8 (N, C, H, W) and int64 (N,). ValueError for what can't be loaded.
 
     name: "digits" (8x8, from scikit-learn), "mnist", "fashion-mnist", "cifar10" (downloaded to data_dir) or a folder
     of pictures, flat or one subfolder a class. size: resize the shorter side to it and crop the centre.
@@ -347,7 +331,7 @@ def load_dataset(name, data_dir="data", size=None):
         labels.append(label)
         (h, w, _), (H, W, _) = images[0].shape, images[-1].shape
         if not h == w == H == W:
-            raise Error(f"the pictures are not all squares of one size ({w}x{h}, {W}x{H}): give --size")
+            raise ValueError(f"the pictures are not all squares of one size ({w}x{h}, {W}x{H}): give --size")
     channels = max(image.shape[2] for image in images)          # one picture in colour makes all of them RGB
     images = np.stack([np.broadcast_to(image, (*image.shape[:2], channels)) for image in images])
     return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(labels)
@@ -355,10 +339,10 @@ def load_dataset(name, data_dir="data", size=None):
 def load_folder(folder):
     """(picture, label) of every picture in a folder, the label being the number of its subfolder."""
     if not folder.is_dir():
-        raise Error(f"no data set {str(folder)!r}: give digits, {', '.join(TORCHVISION)} or a folder of pictures")
+        raise ValueError(f"no data set {str(folder)!r}: give digits, {', '.join(TORCHVISION)} or a folder of pictures")
     files = sorted(file for file in folder.rglob("[!.]*") if file.suffix.lower() in SUFFIXES)
     if len(files) < 2:
-        raise Error(f"{folder} holds {len(files)} pictures: at least 2 are needed ({' '.join(SUFFIXES)})")
+        raise ValueError(f"{folder} holds {len(files)} pictures: at least 2 are needed ({' '.join(SUFFIXES)})")
     folders = sorted({file.parent for file in files})
     for file in files:
         with blaming(f"{file} is not a readable picture", "mend or remove it"), Image.open(file) as picture:
@@ -366,7 +350,6 @@ def load_folder(folder):
                 raise ValueError("more than 8 bits a channel")
             picture = picture.convert("L" if picture.mode in ("1", "L") else "RGB")
         yield picture, folders.index(file.parent)
-
 
 # ---- 8. Training: one loop for the teacher and for every student -------------------------------------------
 # Algorithm 2 is Algorithm 1 but for two things: t is drawn from the student's discrete clock, for its sampler will
@@ -397,7 +380,7 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
     A teacher-to-be warms up for `warmup` updates and ends as its exponential moving average. A student's learning
     rate falls linearly to zero and it ends as it is. Every `every` updates and at the end, the mean loss and gradient
     norm are read and report(state) is called; a state given as `resume` continues there. Returns what was read, a
-    list of dictionaries. Error when it is not finite.
+    list of dictionaries. ValueError when it is not finite.
     """
     params = list(model.parameters())
     optimizer = torch.optim.Adam(params, lr, fused=True)
@@ -443,8 +426,8 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
                 dist.all_reduce(totals)
             loss, grad_norm = (totals / (update + 1 - read) / WORLD).tolist()
             if not math.isfinite(loss + grad_norm):
-                raise Error(f"the loss of {title} is not finite any more (update {update + 1}): give a lower learning "
-                            f"rate; the last good checkpoint is kept")
+                raise ValueError(f"the loss of {title} is not finite any more (update {update + 1}): give a lower "
+                                 "learning rate; the last good checkpoint is kept")
             totals.zero_()
             read = update + 1
             rows.append({"model": title, "update": read, "loss": loss, "grad_norm": grad_norm, "lr": lr * rate})
@@ -457,7 +440,6 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
     model.eval()
     return rows
 
-
 # ---- 9. Evaluation: did it work? ---------------------------------------------------------------------------
 # The Fréchet distance here compares features of the run's own teacher: it needs no download, fits any data set and
 # is one ruler for all samplers of a run. It is not the published FID, which is what `--fid` adds.
@@ -467,8 +449,7 @@ INIT, EVALUATION = 10**6, 10**6 + 1                             # for set_seed: 
 def generate(model, num, shape, steps, sampler="ddim", seed=0, device="cpu", title="sampling"):
     """uint8 pictures (num, *shape) on the CPU; one seed gives every model and sampler the same noise."""
     images = torch.zeros(num, *shape, dtype=torch.uint8, device=device)
-    calls = 2 * steps - 1 if sampler == "heun" else steps
-    with progress(total=num * calls, desc=title) as bar:
+    with progress(total=num * (2 * steps - 1 if sampler == "heun" else steps), desc=title) as bar:
         def counted(z, t):
             bar.update(len(z) * WORLD)
             return model(z, t)
@@ -483,11 +464,10 @@ def generate(model, num, shape, steps, sampler="ddim", seed=0, device="cpu", tit
 @torch.no_grad()
 def features(net, images, device="cpu", t=0.1):
     """(N, D) float32: the spatial mean of the UNet's bottleneck for uint8 pictures, at a clock of little noise."""
-    rows = []
-    for part in images.split(CHUNK):
-        x = part.to(device).float() / 127.5 - 1
-        rows.append(net.encode(alpha_sigma(t)[0] * x, x.new_full((len(x),), t))[0].mean((2, 3)).cpu())
-    return torch.cat(rows)
+    def encode(x):
+        z = alpha_sigma(t)[0] * (x.to(device).float() / 127.5 - 1)
+        return net(z, z.new_full((len(z),), t), bottleneck=True).mean((2, 3)).cpu()
+    return torch.cat([encode(x) for x in images.split(CHUNK)])
 
 def frechet_distance(a, b):
     """|μ_a - μ_b|² + tr(C_a + C_b - 2 (C_a C_b)^½) of two (N, D) feature sets: a float, computed in float64.
@@ -498,13 +478,11 @@ def frechet_distance(a, b):
     if a.ndim != 2 or b.ndim != 2 or min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"give two sets (N, D) with N > 1 and the same D, not {tuple(a.shape)} and {tuple(b.shape)}")
     cov_a, cov_b = (torch.atleast_2d(torch.cov(f.T)) for f in (a, b))
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()        # tr (C_a C_b)^½
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
+    roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()            # eigenvalues of (C_a C_b)^½
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * roots.sum()).item()
 
 def inception(device):
-    """torchmetrics' FID, the published one. Error where it is not to be had."""
+    """torchmetrics' FID, the published one. ValueError where it is not to be had."""
     with blaming("--fid needs torchmetrics and Inception's weights", "pip install 'torchmetrics[image]', repeat the "
                  "command with a network for the weights, or run without --fid"):
         from torchmetrics.image.fid import FrechetInceptionDistance
@@ -515,10 +493,9 @@ def evaluate(models, load, images, config, device, fid=None):
 
     models: [(name, steps)], the teacher first; load(name): its Denoiser; pictures: of each model, from the same noise.
     """
-    num = config["eval_samples"]
+    num, teacher, rows, pictures = config["eval_samples"], load("teacher"), [], {}
     set_seed(config["seed"], EVALUATION)
     images = images[torch.randperm(len(images))[:10 * num]]
-    teacher, rows, pictures = load("teacher"), [], {}
 
     def measure(images, real):
         """Features for fd; for fid, torchmetrics is shown the same pictures."""
@@ -526,14 +503,12 @@ def evaluate(models, load, images, config, device, fid=None):
             fid.update(part.to(device).expand(-1, 3, -1, -1), real=real)
         return features(teacher.net, images, device)
 
-    real = measure(images, True)
-    for name, steps, sampler in (
-            [(*model, "ddim") for model in models] + [("teacher", steps, "ddim") for _, steps in models[1:]]
-            + [("teacher", steps, "ancestral") for _, steps in models]):
+    real, jobs = measure(images, True), [(*model, "ddim") for model in models]
+    jobs += [("teacher", steps, sampler) for sampler in ("ddim", "ancestral") for _, steps in models]
+    for name, steps, sampler in dict.fromkeys(jobs):            # the teacher is in there twice at its own steps
         model, title = teacher if name == "teacher" else load(name), f"evaluating {name}, {sampler} {steps}"
         fake = generate(model, num, images.shape[1:], steps, sampler, config["seed"], device, title)
-        if (name, steps) in models and sampler == "ddim":
-            pictures[name] = fake
+        pictures.setdefault(name, fake)                         # first comes every model at its own steps
         drift = (fake.float() - pictures["teacher"].float()).div(127.5).square().mean().sqrt().item()
         distance = frechet_distance(real, measure(fake, False))
         rows.append({"model": name, "steps": steps, "sampler": sampler, "fd": distance, "rmse_to_teacher": drift})
@@ -545,13 +520,12 @@ def evaluate(models, load, images, config, device, fid=None):
 def table(stages, rows):
     """The final table of a run, as text."""
     cells, lines = {(row["model"], row["sampler"], row["steps"]): row for row in rows}, []
-    for measure in ("fd", "fid") if "fid" in rows[0] else ("fd",):
-        lines.append("".join(f"{head:>12}" for head in (measure + " at", "distilled", "DDIM", "ancestral", "drift", "seconds")))
+    for measure in [key for key in ("fd", "fid") if key in rows[0]]:
+        lines.append(("{:>12}" * 6).format(f"{measure} at", "distilled", "DDIM", "ancestral", "drift", "seconds"))
         for stage in stages:
             steps, own = stage["steps"], cells[stage["model"], "ddim", stage["steps"]]
-            values = (own[measure], *(cells["teacher", sampler, steps][measure] for sampler in ("ddim", "ancestral")),
-                      own["rmse_to_teacher"], stage["seconds"])
-            lines.append(f"{steps:12}" + "".join(f"{value:12.4g}" for value in values))
+            distances = own[measure], *(cells["teacher", sampler, steps][measure] for sampler in ("ddim", "ancestral"))
+            lines.append(("{:12}" + "{:12.4g}" * 5).format(steps, *distances, own["rmse_to_teacher"], stage["seconds"]))
     return "\n".join(lines + [
         "fd at N steps: Fréchet distance to the data in the teacher's own features (not the published FID), less is",
         "better; drift: RMSE to the full-step teacher's pictures from the same noise, on a scale from -1 to 1"])
@@ -579,7 +553,7 @@ def plot_steps(rows):
                               ylabel="Fréchet distance (teacher's features)")
     lines = {}
     for row in rows:
-        label = "distilled" if row["model"] != "teacher" else f"teacher, {row['sampler']}"
+        label = f"teacher, {row['sampler']}" if row["model"] == "teacher" else "distilled"
         lines.setdefault(label, []).append((row["steps"], row["fd"]))
     for label, points in lines.items():
         axes.plot(*zip(*points), "o-", label=label)
@@ -590,21 +564,20 @@ def plot_steps(rows):
     axes.legend()
     return figure
 
-
 # ---- 10. Command line: settings, the files of a run, main --------------------------------------------------
-COMMON = dict(stages=8, final_steps=1, substeps=2, param="v", weighting="truncated", seed=0, dropout=0, flip=False)
-SMALL = COMMON | dict(                                          # dropout, or 1,797 digits are learnt by heart
+SMALL = dict(                                                   # dropout, or 1,797 digits are learnt by heart
     channels=1, size=8, width=32, mults=[1, 2], blocks=1, attention=[], dropout=0.3, batch_size=64,
     teacher_updates=2300, lr=2e-3, warmup=100, ema=0.998, student_updates=150, student_lr=6e-4, eval_samples=192)
-MIDDLE = COMMON | dict(
-    channels=1, size=28, width=32, mults=[1, 2, 2], blocks=1, attention=[4], batch_size=128, teacher_updates=10000,
-    lr=1e-3, warmup=500, ema=0.999, student_updates=750, student_lr=5e-4, eval_samples=1024)
-LARGE = COMMON | dict(
+MIDDLE = dict(
+    channels=1, size=28, width=32, mults=[1, 2, 2], blocks=1, attention=[4], dropout=0, batch_size=128,
+    teacher_updates=10000, lr=1e-3, warmup=500, ema=0.999, student_updates=750, student_lr=5e-4, eval_samples=1024)
+LARGE = dict(
     channels=3, size=32, width=128, mults=[1, 2, 2, 2], blocks=2, attention=[2, 4], dropout=0.2, flip=True,
     batch_size=128, teacher_updates=20000, lr=2e-4, warmup=1000, ema=0.9995, student_updates=1500, student_lr=1e-4,
     eval_samples=2048)
 LARGE_ON_CPU = LARGE | dict(width=32, dropout=0, teacher_updates=4000, student_updates=300, eval_samples=256)
 PRESETS = {"digits": SMALL, "mnist": MIDDLE, "fashion-mnist": MIDDLE}           # LARGE for cifar10 and for a folder
+COMMON = dict(stages=8, final_steps=1, substeps=2, param="v", weighting="truncated", seed=0, flip=False, fid=False)
 NOT_TRAINING = {"eval_samples", "fid", "device", "compile"}     # settings that leave the trained weights alone
 MAX_STEPS = 8192                                                # the paper's most
 SAVE_SECONDS = 20                                               # at least, from one latest.pt to the next
@@ -612,18 +585,17 @@ SAVE_SECONDS = 20                                               # at least, from
 def settings(args, device, images=None):
     """The config of a run: the preset, what the command line says instead, and the shape of the data."""
     preset = PRESETS.get(args.dataset, LARGE_ON_CPU if device.type == "cpu" else LARGE)
-    config = preset | {key: value for key, value in vars(args).items() if key in preset and value is not None}
-    config |= {"dataset": args.dataset, "fid": bool(args.fid), "device": device.type,
-               "compile": device.type == "cuda" if args.compile is None else args.compile}
+    config = COMMON | {"dataset": args.dataset, "compile": device.type == "cuda"} | preset
+    config |= {key: value for key, value in vars(args).items() if key in config and value is not None}
+    config["device"] = device.type
     if images is not None:
         config |= {"images": len(images), "channels": images.shape[1], "size": images.shape[2]}
     if config["final_steps"] * config["substeps"] ** config["stages"] > MAX_STEPS:
-        raise Error(f"the teacher would need more than {MAX_STEPS} sampling steps (final-steps x substeps^stages): "
-                    "lower one of the three")
+        raise ValueError(f"the teacher's steps, final-steps x substeps^stages, exceed {MAX_STEPS}: lower one of them")
     if config["batch_size"] % WORLD:
-        raise Error(f"--batch-size {config['batch_size']} can't be shared evenly: give a multiple of {WORLD} processes")
+        raise ValueError(f"{WORLD} processes can't share batches of {config['batch_size']}: give a multiple of {WORLD}")
     with torch.no_grad():                                       # raises where the network can't halve the pictures
-        build(config, torch.device("cpu"))(torch.zeros(1, config["channels"], config["size"], config["size"]), 1.0)
+        build(config, "cpu")(torch.zeros(1, config["channels"], config["size"], config["size"]), 1.0)
     return config
 
 def build(config, device):
@@ -651,33 +623,31 @@ def write_json(path, content):
     write(path, lambda file: file.write((json.dumps(content, indent=1) + "\n").encode()))
 
 def load_model(path, device="cpu"):
-    """(denoiser, info) from a teacher.pt or student-N.pt; info has its "name", "steps" and "config".
+    """(denoiser, info) from a teacher.pt or student-N.pt; info has its "config", its "stage" and its "log".
 
-    Error for any other file; code hidden in it is never run.
+    ValueError for any other file; code hidden in it is never run.
     """
     with blaming(f"{path} is no checkpoint", "give a teacher.pt or student-N.pt of a run"):
         info = torch.load(path, map_location=device, weights_only=True)
         model = build(info["config"], device)
         model.load_state_dict(info["model"])
-        return model, {key: info[key] for key in ("name", "steps", "config")}
+        return model, {key: info[key] for key in ("config", "stage", "log")}
 
 def prepare(out, config, restart):
     """Make the folder of a run, or check that the run in it has these settings."""
     path, remedy = out / "config.json", "choose another --out, or overwrite it with --restart"
-    names = ("teacher.pt", "student-*.pt", "latest.pt", "log.csv", "results.json", "samples.png", "steps.png")
-    present = [file for name in names for file in out.glob(name)]
+    names = "config.json teacher.pt student-*.pt latest.pt log.csv results.json samples.png steps.png".split()
+    files = [file for name in names for file in out.glob(name)]
     if restart:
-        for file in [path, *present]:
-            file.unlink(missing_ok=True)
-    elif path.exists():
-        with blaming(f"{path} is damaged", remedy):
+        for file in files:
+            file.unlink()
+    elif files:
+        with blaming(f"{out} holds {files[0].name}, but no config.json that can be read", remedy):
             old = dict(json.loads(path.read_text()))
         other = [f"{key} is {old.get(key)} there, {config.get(key)} here" for key in sorted({*old, *config})
                  if old.get(key) != config.get(key) and key not in NOT_TRAINING]
         if other:
-            raise Error(f"{out} holds a run with other settings ({'; '.join(other)}): {remedy}")
-    elif present:
-        raise Error(f"{out} holds {present[0].name}, but no config.json: {remedy}")
+            raise ValueError(f"{out} holds a run with other settings ({'; '.join(other)}): {remedy}")
     out.mkdir(parents=True, exist_ok=True)
     write_json(path, config)
 
@@ -697,74 +667,75 @@ def run(config, images, out, device, restart):
     if RANK == 0:
         prepare(out, config, restart)
     barrier()
-    state, finished = {"stage": 0, "stages": [], "rows": [], "train": None, "seconds": 0.0}, None   # latest.pt
-    with blaming(f"{out} is damaged", "start the run again with --restart"):
-        if (out / "results.json").exists():
-            results = json.loads((out / "results.json").read_text())
-            state |= {"stage": len(models), "stages": results["stages"]}
-            if all(results["config"][key] == config[key] for key in ("eval_samples", "fid")):
-                finished = table(results["stages"], results["evaluation"])
-        elif (out / "latest.pt").exists():
-            latest = torch.load(out / "latest.pt", map_location=device, weights_only=True)
-            state = {key: latest[key] for key in state}
-    if finished:
-        return RANK == 0 and print(f"{finished}\n{out} is finished; --restart runs it again")
+    data, latest, saved, stages, log, model = images.to(device), out / "latest.pt", time.monotonic(), [], [], None
 
-    def load(name):
-        return load_model(out / f"{name}.pt", device)[0]
+    def write_log(rows):
+        lines = [",".join(map(str, row)) + "\n" for row in [rows[0], *(row.values() for row in rows)]]
+        write(out / "log.csv", lambda file: file.write("".join(lines).encode()))
 
-    def save(progress=None):
-        """Write log.csv and latest.pt: after a stage, or with its progress if the last time is a while ago."""
+    def save(progress):
+        """Write latest.pt, if the last time is a while ago."""
         nonlocal saved
-        if RANK == 0 and (progress is None or time.monotonic() - saved > SAVE_SECONDS):
+        if RANK == 0 and time.monotonic() - saved > SAVE_SECONDS:
+            state = {"name": name, "seconds": time.monotonic() - began, "train": progress}
+            write(latest, lambda file: torch.save(state, file))
+            write_log(log + progress["rows"])
             saved = time.monotonic()
-            state.update(train=progress, seconds=saved - began if progress else 0.0)
-            rows = state["rows"] + (progress["rows"] if progress else [])
-            lines = [",".join(map(str, row)) + "\n" for row in [rows[0], *(row.values() for row in rows)]]
-            write(out / "log.csv", lambda file: file.write("".join(lines).encode()))
-            write(out / "latest.pt", lambda file: torch.save(state, file))
 
-    data, saved = images.to(device), time.monotonic()
-    for stage, (name, steps) in list(enumerate(models))[state["stage"]:]:
-        model, teacher, updates, lr = build(config, device), None, config["teacher_updates"], config["lr"]
-        if stage:                                               # a student starts as a copy of its teacher
-            teacher, updates, lr = load(models[stage - 1][0]), config["student_updates"], config["student_lr"]
-            updates *= 2 if steps <= 2 else 1                   # the hardest stages get twice as many (Section 5)
-            model.load_state_dict(teacher.state_dict())
-        for denoiser in filter(None, (model, teacher)) if config["compile"] else ():
-            denoiser.net.compile()
-        began = time.monotonic() - state["seconds"]
-        rows = train(model, data, updates, teacher=teacher, steps=steps, lr=lr, stage=stage, title=name,
-                     resume=state["train"], report=save, **training(config))
-        seconds = time.monotonic() - began
-        state["stage"], state["rows"] = stage + 1, state["rows"] + rows
-        speed, loss = updates * config["batch_size"] / seconds, rows[-1]["loss"]
-        state["stages"].append({"model": name, "steps": steps, "updates": updates, "seconds": seconds,
-                                "images_per_second": speed, "loss": loss})
+    for stage, (name, steps) in enumerate(models):
+        path, teacher, began, progress = out / f"{name}.pt", model, time.monotonic(), None
+        model, info = load_model(path, device) if path.exists() else (build(config, device), None)
+        if config["compile"]:
+            model.net.compile()
+        if info is None:
+            updates, lr = config["teacher_updates"], config["lr"]
+            if teacher:                                         # a student starts as a copy of its teacher
+                model.load_state_dict(teacher.state_dict())
+                updates, lr = config["student_updates"], config["student_lr"]
+                updates *= 2 if steps <= 2 else 1               # the hardest stages get twice as many (Section 5)
+            if latest.exists():
+                with blaming(f"{latest} is damaged", "remove it, or start again with --restart"):
+                    state = torch.load(latest, map_location=device, weights_only=True)
+                    if state["name"] == name:                   # else it is of the stage before
+                        began, progress = began - state["seconds"], state["train"]
+            rows = train(model, data, updates, teacher=teacher, steps=steps, lr=lr, stage=stage, title=name,
+                         resume=progress, report=save, **training(config))
+            seconds = time.monotonic() - began
+            info = {"config": config, "model": model.state_dict(), "log": rows, "stage": {
+                "model": name, "steps": steps, "updates": updates, "seconds": seconds,
+                "images_per_second": updates * config["batch_size"] / seconds, "loss": rows[-1]["loss"]}}
+            if RANK == 0:
+                write(path, lambda file: torch.save(info, file))
+                latest.unlink(missing_ok=True)
+            barrier()
+        stages, log = stages + [info["stage"]], log + info["log"]
         if RANK == 0:
-            content = {"name": name, "steps": steps, "config": config, "model": model.state_dict()}
-            write(out / f"{name}.pt", lambda file: torch.save(content, file))
-            print(f"{name:12}{steps:6} steps{updates:8} updates{seconds:9.1f} s   loss {loss:.5f}")
-        save()
-        barrier()
+            write_log(log)
+            print("{model:12}{steps:6} steps{updates:8} updates{seconds:9.1f} s   loss {loss:.5f}".format(**stages[-1]))
 
-    evaluation, pictures = evaluate(models, load, images, config, device, fid)
+    results = {}
+    with contextlib.suppress(OSError, ValueError):
+        results = json.loads((out / "results.json").read_text())
+    if not results or any(results["config"][key] != config[key] for key in ("eval_samples", "fid")):
+        evaluation, pictures = evaluate(models, lambda name: load_model(out / f"{name}.pt", device)[0], images, config,
+                                        device, fid)
+        results = {"config": config, "environment": environment(device), "stages": stages, "evaluation": evaluation}
+        if RANK == 0:
+            for name, figure in (("samples.png", plot_samples(pictures)), ("steps.png", plot_steps(evaluation))):
+                write(out / name, lambda file: figure.savefig(file, bbox_inches="tight"))
+            write_json(out / "results.json", results)
     if RANK == 0:
-        for name, figure in (("samples.png", plot_samples(pictures)), ("steps.png", plot_steps(evaluation))):
-            write(out / name, lambda file: figure.savefig(file, bbox_inches="tight"))
-        write_json(out / "results.json", {"config": config, "environment": environment(device),
-                                          "stages": state["stages"], "evaluation": evaluation})
-        (out / "latest.pt").unlink(missing_ok=True)
-        print(table(state["stages"], evaluation))
+        print(table(stages, results["evaluation"]), f"{out} is finished; --restart runs it again", sep="\n")
 
 def sample_to_file(args, device):
     """--sample: pictures from a checkpoint into a grid (.png), an array (.npz) or a folder of PNG files."""
     model, info = load_model(args.sample, device)
-    steps, out, size = args.steps or info["steps"], Path(args.out or "grid.png"), info["config"]["size"]
-    if info["name"] != "teacher" and info["steps"] % steps:
-        raise Error(f"{args.sample} knows a clock of {info['steps']} steps: --steps {steps} does not divide it")
+    own, out, size = info["stage"]["steps"], Path(args.out or "grid.png"), info["config"]["size"]
+    steps = args.steps or own
+    if info["stage"]["model"] != "teacher" and own % steps:
+        raise ValueError(f"{args.sample} knows a clock of {own} steps: --steps {steps} does not divide it")
     if out.is_dir() and (out.suffix in (".png", ".npz") or any(out.iterdir())):
-        raise Error(f"{out} is a folder already: give --out a new or empty one, a .png or an .npz")
+        raise ValueError(f"{out} is a folder already: give --out a new or empty one, a .png or an .npz")
     out.parent.mkdir(parents=True, exist_ok=True)
     images = generate(model, args.num or 64, (info["config"]["channels"], size, size), steps, args.sampler or "ddim",
                       args.seed or 0, device)
@@ -785,78 +756,61 @@ def sample_to_file(args, device):
 def benchmark(config, device, out):
     """--benchmark: the speed of training and sampling, and its share of what this machine can do at its best."""
     from torch.utils.benchmark import Timer
-    cuda, B = device.type == "cuda", config["batch_size"]
-    shape = config["channels"], config["size"], config["size"]
-    kind = torch.bfloat16 if cuda else torch.float32
+    cuda, B, shape = device.type == "cuda", config["batch_size"], (config["channels"], config["size"], config["size"])
+    kind = {"device": device, "dtype": torch.bfloat16 if cuda else torch.float32}
 
-    def flops(job):
-        with FlopCounterMode(display=False) as counter:
+    def measure(job, num=1):
+        """A job's speed, the median of several repeats after a first run, and its memory; num: its pictures."""
+        with torch.compiler.set_stance("force_eager"), FlopCounterMode(display=False) as counter:
             job()
-        return counter.get_total_flops()
-
-    def seconds(job):
-        """The median of several repeats after a warm-up."""
-        timer = Timer("job()", globals={"job": job}, num_threads=torch.get_num_threads())
-        return timer.adaptive_autorange(max_run_time=60).median
-
-    def matmul(n):
-        a = torch.randn(n, n, device=device, dtype=kind)
-        return lambda: a @ a
-
-    def conv(width, size):
-        layer, h = nn.Conv2d(width, width, 3, padding=1), torch.randn(B, width, size, size)
-        layer, h = (a.to(device, kind, memory_format=torch.channels_last) for a in (layer, h))
-        return lambda: layer(h)
-
-    with torch.no_grad():
-        ceilings = {name: max(flops(job) / seconds(job) for job in jobs) / 1e12 for name, jobs in (
-            ("matmul", map(matmul, (4096, 8192, 16384) if cuda else (1024, 2048))),
-            ("conv", itertools.starmap(conv, ((32, 8), (64, 8), (128, 16), (256, 16)))))}
-    print(f"best matmul {ceilings['matmul']:.3f}, best 3x3 conv {ceilings['conv']:.3f} TFLOP/s ({kind})")
-
-    model, teacher = build(config, device), build(config, device)
-    data = torch.randint(256, (1024, *shape), dtype=torch.uint8, device=device)
-    jobs = {"teacher update": (10 * B, lambda: train(model, data, 10, **training(config))),
-            "student update": (10 * B, lambda: train(model, data, 10, teacher=teacher, steps=4, **training(config))),
-            "sampling, 1 step": (CHUNK, lambda: generate(model, CHUNK, shape, 1, device=device)),
-            "sampling, 256 steps": (CHUNK, lambda: generate(model, CHUNK, shape, 256, device=device))}
-    work, rows = {name: flops(job) for name, (_, job) in jobs.items()}, []          # before anything is compiled
-    for denoiser in (model, teacher) if config["compile"] else ():
-        denoiser.net.compile()
-    for name, (num, job) in jobs.items():
         began = time.monotonic()
         job()
         first = time.monotonic() - began
         if cuda:
             torch.cuda.reset_peak_memory_stats()
-        each = seconds(job)
-        kilobytes, speed = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, work[name] / each / 1e12
-        rows.append({"job": name, "images_per_second": num / each, "tflops": speed,
-                     **{f"share_of_{ceiling}": speed / best for ceiling, best in ceilings.items()},
-                     "peak_memory_gb": (torch.cuda.max_memory_allocated() if cuda else 1024 * kilobytes) / 1e9,
-                     "compile_seconds": max(0, first - each) if config["compile"] else 0})
+        timer = Timer("job()", globals={"job": job}, num_threads=torch.get_num_threads())
+        seconds = timer.adaptive_autorange(max_run_time=60).median
+        peak = torch.cuda.max_memory_allocated() if cuda else 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return {"images_per_second": num / seconds, "tflops": counter.get_total_flops() / seconds / 1e12,
+                "peak_memory_gb": peak / 1e9, "compile_seconds": max(0, first - seconds) if config["compile"] else 0}
+
+    with torch.no_grad():
+        matrices = [torch.randn(n, n, **kind) for n in ((4096, 8192, 16384) if cuda else (1024, 2048))]
+        layers = [(conv3(width, width).to(**kind, memory_format=torch.channels_last),
+                   torch.randn(B, width, size, size, **kind).to(memory_format=torch.channels_last))
+                  for width, size in ((32, 8), (64, 8), (128, 16), (256, 16))]
+        best = {"matmul": max(measure(lambda: a @ a)["tflops"] for a in matrices),
+                "conv": max(measure(lambda: layer(h))["tflops"] for layer, h in layers)}
+    print("best matmul {matmul:.3f}, best 3x3 conv {conv:.3f} TFLOP/s".format(**best), f"({kind['dtype']})")
+    model, teacher, rows = build(config, device), build(config, device), []
+    for denoiser in (model, teacher) if config["compile"] else ():
+        denoiser.net.compile()
+    data, common = torch.randint(256, (1024, *shape), dtype=torch.uint8, device=device), training(config)
+    for name, num, job in (
+            ("teacher update", 10 * B, lambda: train(model, data, 10, **common)),
+            ("student update", 10 * B, lambda: train(model, data, 10, teacher=teacher, steps=4, **common)),
+            ("sampling, 1 step", CHUNK, lambda: generate(model, CHUNK, shape, 1, device=device)),
+            ("sampling, 256 steps", CHUNK, lambda: generate(model, CHUNK, shape, 256, device=device))):
+        row = {"job": name, **measure(job, num)}
+        rows.append(row | {f"share_of_{ceiling}": row["tflops"] / best[ceiling] for ceiling in best})
         print("{job:20}{images_per_second:12,.0f} images/s{tflops:9.3f} TFLOP/s, {share_of_matmul:.0%} of the best "
               "matmul, {share_of_conv:.0%} of the best conv, peak {peak_memory_gb:.2f} GB".format(**rows[-1]))
     out.parent.mkdir(parents=True, exist_ok=True)
-    write_json(out, {"config": config, "environment": environment(device), "ceilings_tflops": ceilings, "rows": rows})
-
-class Parser(argparse.ArgumentParser):
-    def error(self, message):                                   # one line, like every other error
-        raise Error(message)
+    write_json(out, {"config": config, "environment": environment(device), "ceilings_tflops": best, "rows": rows})
 
 def number(kind, low, high):
     """An argparse type: a number from low to high."""
     def parse(text):
         with contextlib.suppress(ValueError):
-            if low <= (value := kind(text)) <= high:
-                return value
+            if low <= kind(text) <= high:
+                return kind(text)
         raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number from {low:g} to {high:g}")
     return parse
 
 def parse_args(argv):
     """The command line; what is not given is None and comes from the preset."""
-    style = argparse.RawDescriptionHelpFormatter
-    parser = Parser("pd.py", description=__doc__, formatter_class=style, allow_abbrev=False)
+    parser = argparse.ArgumentParser("pd.py", usage=argparse.SUPPRESS, description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     count, steps, rate = number(int, 1, 10**9), number(int, 1, MAX_STEPS), number(float, 1e-9, 1e9)
     training, sampling = parser.add_argument_group("training"), parser.add_argument_group("with --sample")
     add = parser.add_argument
@@ -891,22 +845,21 @@ def parse_args(argv):
     args = parser.parse_args(argv)
     for action in (training if args.sample else sampling)._group_actions:
         if getattr(args, action.dest) is not None:
-            raise Error(f"{action.option_strings[0]} {'does not go with' if args.sample else 'needs'} --sample")
+            parser.error(f"{action.option_strings[0]} {'does not go with' if args.sample else 'needs'} --sample")
     return args
 
 def choose_device(name):
-    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    name = name or ("cuda" if found else "cpu")
-    if name == "cuda":
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    if name not in ("cpu", *found):
-        raise Error(f"no device {name!r} here: give {' or '.join(['cpu', *found])}")
+    found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
+    if name == "cuda" or not name:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name or len(found) > 1 else "cpu"
+    if name not in found:
+        raise ValueError(f"no device {name!r} here: give {' or '.join(found)}")
     return torch.device(name)
 
 def main(argv=None):
     """The command line. Wrong input ends with status 2 and one line, Ctrl-C with 130."""
+    args = parse_args(argv)
     try:
-        args = parse_args(argv)
         device = choose_device(args.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
