@@ -696,7 +696,7 @@ def run(config, images, out, device, restart):
             if latest.exists():
                 with blaming(f"{latest} is damaged", "remove it, or start again with --restart"):
                     state = torch.load(latest, map_location=device, weights_only=True)
-                    if state["name"] == name:                   # else it is of the stage before
+                    if state["name"] == name:                   # else it is from an earlier stage
                         began, progress = began - state["seconds"], state["train"]
             rows = train(model, data, updates, teacher=teacher, steps=steps, lr=lr, stage=stage, title=name,
                          resume=progress, report=save, **training(config))
@@ -706,7 +706,6 @@ def run(config, images, out, device, restart):
                 "images_per_second": updates * config["batch_size"] / seconds, "loss": rows[-1]["loss"]}}
             if RANK == 0:
                 write(path, lambda file: torch.save(info, file))
-                latest.unlink(missing_ok=True)
             barrier()
         stages, log = stages + [info["stage"]], log + info["log"]
         if RANK == 0:
@@ -725,6 +724,7 @@ def run(config, images, out, device, restart):
                 write(out / name, lambda file: figure.savefig(file, bbox_inches="tight"))
             write_json(out / "results.json", results)
     if RANK == 0:
+        latest.unlink(missing_ok=True)
         print(table(stages, results["evaluation"]), f"{out} is finished; --restart runs it again", sep="\n")
 
 def sample_to_file(args, device):
