@@ -863,6 +863,8 @@ def main(argv=None):
         device = choose_device(args.device)
         if device.type == "cuda":
             torch.cuda.set_device(device)
+        if WORLD > 1 and (args.sample or args.benchmark):
+            raise ValueError("--sample and --benchmark are for one process: give the command without torchrun")
         if args.sample:
             return sample_to_file(args, device)
         if WORLD > 1:

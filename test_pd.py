@@ -2177,6 +2177,12 @@ def test_a_batch_must_be_shared_evenly(monkeypatch):
         program.settings(args, torch.device("cpu"))
 
 
+@pytest.mark.parametrize("job", [("--benchmark",), ("--sample", "student-1.pt")])
+def test_sampling_and_benchmark_are_for_one_process(job, monkeypatch, capsys):
+    monkeypatch.setattr(program, "WORLD", 2)
+    assert command(*job, "--device", "cpu") == 2 and "without torchrun" in one_error(capsys)
+
+
 def test_two_processes_train_the_model_that_one_trains(alone, tmp_path):
     run = torchrun(tmp_path / "two", *MORE)
     output, _ = run.communicate(timeout=300)
