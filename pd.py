@@ -7,7 +7,7 @@
 Read it from top to bottom. Parts 1 to 5 are the paper: tensors of any shape, no devices, files or flags. Parts 6
 to 10 are the engineering. Sections, equations and algorithms are numbered as in the paper, arXiv:2202.00512.
 """
-import argparse, contextlib, functools, io, itertools, json, math, os, platform, resource, sys, tempfile, textwrap, time
+import argparse, contextlib, functools, io, itertools, json, math, os, platform, sys, tempfile, textwrap, time
 from pathlib import Path
 
 import numpy as np
@@ -110,8 +110,8 @@ def weighted_loss(model, x_target, z, t, weighting):
 
 # ---- 4. Sampling: how do predictions become a picture? -----------------------------------------------------
 # The probability-flow ODE takes the noise away. In the plane of α and σ it reads dz = x̂ dα + ε̂ dσ (Equation 6).
-# DDIM is its Euler step (Appendix B): hold x̂ and ε̂, move α and σ. Heun takes the mean of x̂ and ε̂ at both ends of the
-# step. The ancestral sampler is no ODE: it draws z_s from the posterior that an exact x̂ would give (Section 2).
+# DDIM is its Euler step (Appendix B): hold x̂ and ε̂, move α and σ. Heun takes the mean of x̂ and ε̂ at both ends of
+# the step. The ancestral sampler is no ODE: it draws z_s from the posterior that an exact x̂ would give (Section 2).
 SAMPLERS = ("ddim", "ancestral", "heun")
 
 def ddim_step(x_hat, eps_hat, s):
@@ -140,8 +140,8 @@ def heun_step(model, x_hat, eps_hat, z, t, s):
 def sample(model, z, steps, sampler="ddim", clip=False, noise_scale=1.0):
     """x, (B, *dims), from noise z: visits t = 1, 1 - 1/N, ..., 0, where N = steps. Section 2.
 
-    clip: limit x̂ to [-1, 1] and recompute ε̂; noise_scale: see ancestral_step. Every sampler ends with a DDIM step,
-    as there is no noise to add at t = 0. ValueError for an unknown sampler or steps < 1.
+    clip: limit x̂ to [-1, 1] and recompute ε̂; noise_scale: see ancestral_step. Every sampler ends with a DDIM
+    step: at t = 0 there is no noise to add and nothing to predict. ValueError for an unknown sampler or steps < 1.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {sampler!r}")
@@ -246,8 +246,8 @@ class UNet(nn.Module):
     """net(z, t): (B, channels, H, W) and (B,) -> (B, out_channels, H, W). The network of Section 5, smaller.
 
     width: channels at full resolution; mults: their multiple at each halving; blocks: residual blocks a resolution;
-    attention: down-sampling factors that attend; out_channels: default `channels`, twice as many for "both".
-    ValueError where H or W is not a multiple of 2^(len(mults) - 1).
+    attention: down-sampling factors that attend, and with them the middle; out_channels: default `channels`, twice
+    as many for "both". ValueError where H or W is not a multiple of 2^(len(mults) - 1).
     """
 
     def __init__(self, channels, width, mults=(1, 2), blocks=1, attention=(), dropout=0.0, out_channels=None):
@@ -380,11 +380,12 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
     A teacher-to-be warms up for `warmup` updates and ends as its exponential moving average. A student's learning
     rate falls linearly to zero and it ends as it is. Every `every` updates and at the end, the mean loss and gradient
     norm are read and report(state) is called; a state given as `resume` continues there. Returns what was read, a
-    list of dictionaries. ValueError when it is not finite.
+    list of dictionaries. ValueError where that is not finite.
     """
     params = list(model.parameters())
     optimizer = torch.optim.Adam(params, lr, fused=True)
-    average = [p.detach().clone() for p in params] if teacher is None else []
+    weights = [p.detach() for p in params]                      # the same numbers, outside of autograd
+    average = [w.clone() for w in weights] if teacher is None else []
     read, rows = 0, []
     if resume:
         read, rows, average = resume["update"], resume["rows"], resume["average"]
@@ -417,8 +418,7 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
         optimizer.param_groups[0]["lr"] = lr * rate
         optimizer.step()
         if average:                                             # a short memory at first, then `ema`
-            with torch.no_grad():
-                torch._foreach_lerp_(average, params, 1 - min(ema, (update + 1) / (update + 10)))
+            torch._foreach_lerp_(average, weights, 1 - min(ema, (update + 1) / (update + 10)))
         totals += torch.stack([loss.detach(), grad_norm])
 
         if (update + 1) % every == 0 or update + 1 == updates:  # the only place where the host waits for the device
@@ -427,16 +427,15 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
             loss, grad_norm = (totals / (update + 1 - read) / WORLD).tolist()
             if not math.isfinite(loss + grad_norm):
                 raise ValueError(f"the loss of {title} is not finite any more (update {update + 1}): give a lower "
-                                 "learning rate; the last good checkpoint is kept")
+                                 "learning rate and --restart; the last good checkpoint is kept")
             totals.zero_()
             read = update + 1
             rows.append({"model": title, "update": read, "loss": loss, "grad_norm": grad_norm, "lr": lr * rate})
             if report:
                 report({"update": read, "rows": rows, "average": average, "model": model.state_dict(),
                         "optimizer": optimizer.state_dict()})
-    with torch.no_grad():
-        for p, a in zip(params, average):
-            p.copy_(a)
+    for p, a in zip(weights, average):
+        p.copy_(a)
     model.eval()
     return rows
 
@@ -482,39 +481,34 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * roots.sum()).item()
 
 def inception(device):
-    """torchmetrics' FID, the published one. ValueError where it is not to be had."""
+    """uint8 pictures -> (N, 2048), the features of the published FID. ValueError where they are not to be had."""
     with blaming("--fid needs torchmetrics and Inception's weights", "pip install 'torchmetrics[image]', repeat the "
                  "command with a network for the weights, or run without --fid"):
         from torchmetrics.image.fid import FrechetInceptionDistance
-        return FrechetInceptionDistance(reset_real_features=False).to(device)
+        net = FrechetInceptionDistance().inception.to(device)
+    return lambda images: torch.cat([net(x.to(device).expand(-1, 3, -1, -1)).cpu() for x in images.split(CHUNK)])
 
-def evaluate(models, load, images, config, device, fid=None):
+@torch.no_grad()
+def evaluate(models, load, images, config, device, rulers):
     """(rows, pictures): each student at its own steps, the teacher with DDIM and the ancestral sampler at all steps.
 
-    models: [(name, steps)], the teacher first; load(name): its Denoiser; pictures: of each model, from the same noise.
+    models: [(name, steps)], the teacher first; load(name): its Denoiser; rulers: {"fid": pictures -> features} or {},
+    beside the teacher's own features; pictures: of each model, from the same noise.
     """
     num, teacher, rows, pictures = config["eval_samples"], load("teacher"), [], {}
     set_seed(config["seed"], EVALUATION)
     images = images[torch.randperm(len(images))[:10 * num]]
-
-    def measure(images, real):
-        """Features for fd; for fid, torchmetrics is shown the same pictures."""
-        for part in images.split(CHUNK) if fid else ():
-            fid.update(part.to(device).expand(-1, 3, -1, -1), real=real)
-        return features(teacher.net, images, device)
-
-    real, jobs = measure(images, True), [(*model, "ddim") for model in models]
+    rulers = {"fd": lambda images: features(teacher.net, images, device), **rulers}
+    real = {name: encode(images) for name, encode in rulers.items()}
+    jobs = [(*model, "ddim") for model in models]
     jobs += [("teacher", steps, sampler) for sampler in ("ddim", "ancestral") for _, steps in models]
     for name, steps, sampler in dict.fromkeys(jobs):            # the teacher is in there twice at its own steps
         model, title = teacher if name == "teacher" else load(name), f"evaluating {name}, {sampler} {steps}"
         fake = generate(model, num, images.shape[1:], steps, sampler, config["seed"], device, title)
         pictures.setdefault(name, fake)                         # first comes every model at its own steps
         drift = (fake.float() - pictures["teacher"].float()).div(127.5).square().mean().sqrt().item()
-        distance = frechet_distance(real, measure(fake, False))
-        rows.append({"model": name, "steps": steps, "sampler": sampler, "fd": distance, "rmse_to_teacher": drift})
-        if fid:
-            rows[-1]["fid"] = fid.compute().item()
-            fid.reset()
+        distances = {ruler: frechet_distance(real[ruler], encode(fake)) for ruler, encode in rulers.items()}
+        rows.append({"model": name, "steps": steps, "sampler": sampler, **distances, "rmse_to_teacher": drift})
     return rows, pictures
 
 def table(stages, rows):
@@ -551,11 +545,9 @@ def plot_steps(rows):
     figure = Figure(figsize=(6, 4), dpi=130)
     axes = figure.add_subplot(xscale="log", yscale="log", xlabel="sampling steps",
                               ylabel="Fréchet distance (teacher's features)")
-    lines = {}
-    for row in rows:
-        label = f"teacher, {row['sampler']}" if row["model"] == "teacher" else "distilled"
-        lines.setdefault(label, []).append((row["steps"], row["fd"]))
-    for label, points in lines.items():
+    for label, model, sampler in (("teacher, DDIM", "teacher", "ddim"), ("distilled", "student", "ddim"),
+                                  ("teacher, ancestral", "teacher", "ancestral")):
+        points = [(row["steps"], row["fd"]) for row in rows if (row["model"][:7], row["sampler"]) == (model, sampler)]
         axes.plot(*zip(*points), "o-", label=label)
     steps = sorted({row["steps"] for row in rows})
     axes.set_xticks(steps, steps)
@@ -627,7 +619,7 @@ def load_model(path, device="cpu"):
 
     ValueError for any other file; code hidden in it is never run.
     """
-    with blaming(f"{path} is no checkpoint", "give a teacher.pt or student-N.pt of a run"):
+    with blaming(f"{path} is no checkpoint", "a whole teacher.pt or student-N.pt of a run is needed"):
         info = torch.load(path, map_location=device, weights_only=True)
         model = build(info["config"], device)
         model.load_state_dict(info["model"])
@@ -649,6 +641,8 @@ def prepare(out, config, restart):
         if other:
             raise ValueError(f"{out} holds a run with other settings ({'; '.join(other)}): {remedy}")
     out.mkdir(parents=True, exist_ok=True)
+    for part in out.glob("*.part"):                             # left by a process that was killed
+        part.unlink()
     write_json(path, config)
 
 def environment(device):
@@ -663,7 +657,7 @@ def run(config, images, out, device, restart):
     """Train the teacher, distill stage by stage, evaluate. The first process writes all the files of a run, here."""
     clocks = [config["final_steps"] * config["substeps"]**k for k in range(config["stages"], -1, -1)]   # 256, ..., 1
     models = [(f"student-{steps}" if stage else "teacher", steps) for stage, steps in enumerate(clocks)]
-    fid = inception(device) if config["fid"] else None
+    rulers = {"fid": inception(device)} if config["fid"] else {}
     if RANK == 0:
         prepare(out, config, restart)
     barrier()
@@ -673,17 +667,17 @@ def run(config, images, out, device, restart):
         lines = [",".join(map(str, row)) + "\n" for row in [rows[0], *(row.values() for row in rows)]]
         write(out / "log.csv", lambda file: file.write("".join(lines).encode()))
 
-    def save(progress):
-        """Write latest.pt, if the last time is a while ago."""
+    def save(state):
+        """Write latest.pt, if the last time is a while ago; state: what `train` reports."""
         nonlocal saved
         if RANK == 0 and time.monotonic() - saved > SAVE_SECONDS:
-            state = {"name": name, "seconds": time.monotonic() - began, "train": progress}
-            write(latest, lambda file: torch.save(state, file))
-            write_log(log + progress["rows"])
+            content = {"name": name, "seconds": time.monotonic() - began, "train": state}
+            write(latest, lambda file: torch.save(content, file))
+            write_log(log + state["rows"])
             saved = time.monotonic()
 
     for stage, (name, steps) in enumerate(models):
-        path, teacher, began, progress = out / f"{name}.pt", model, time.monotonic(), None
+        path, teacher, began, resume = out / f"{name}.pt", model, time.monotonic(), None
         model, info = load_model(path, device) if path.exists() else (build(config, device), None)
         if config["compile"]:
             model.net.compile()
@@ -697,9 +691,9 @@ def run(config, images, out, device, restart):
                 with blaming(f"{latest} is damaged", "remove it, or start again with --restart"):
                     state = torch.load(latest, map_location=device, weights_only=True)
                     if state["name"] == name:                   # else it is from an earlier stage
-                        began, progress = began - state["seconds"], state["train"]
+                        began, resume = began - state["seconds"], state["train"]
             rows = train(model, data, updates, teacher=teacher, steps=steps, lr=lr, stage=stage, title=name,
-                         resume=progress, report=save, **training(config))
+                         resume=resume, report=save, **training(config))
             seconds = time.monotonic() - began
             info = {"config": config, "model": model.state_dict(), "log": rows, "stage": {
                 "model": name, "steps": steps, "updates": updates, "seconds": seconds,
@@ -717,7 +711,7 @@ def run(config, images, out, device, restart):
         results = json.loads((out / "results.json").read_text())
     if not results or any(results["config"][key] != config[key] for key in ("eval_samples", "fid")):
         evaluation, pictures = evaluate(models, lambda name: load_model(out / f"{name}.pt", device)[0], images, config,
-                                        device, fid)
+                                        device, rulers)
         results = {"config": config, "environment": environment(device), "stages": stages, "evaluation": evaluation}
         if RANK == 0:
             for name, figure in (("samples.png", plot_samples(pictures)), ("steps.png", plot_steps(evaluation))):
@@ -746,7 +740,7 @@ def sample_to_file(args, device):
         write(out, lambda file: Image.fromarray(grid.repeat(scale, 0).repeat(scale, 1)).save(file, "png"))
     else:
         with tempfile.TemporaryDirectory(dir=out.parent) as part:
-            folder = Path(part, "pictures")                     # a temporary folder itself is its owner's alone
+            folder = Path(part, "pictures")                     # others can read this one, not a temporary folder
             folder.mkdir()
             for i, image in enumerate(images):
                 Image.fromarray(tile(image[None], 1)).save(folder / f"{i:06}.png")
@@ -755,6 +749,7 @@ def sample_to_file(args, device):
 
 def benchmark(config, device, out):
     """--benchmark: the speed of training and sampling, and its share of what this machine can do at its best."""
+    import resource                                             # here, for Windows has none
     from torch.utils.benchmark import Timer
     cuda, B, shape = device.type == "cuda", config["batch_size"], (config["channels"], config["size"], config["size"])
     kind = {"device": device, "dtype": torch.bfloat16 if cuda else torch.float32}
@@ -884,9 +879,9 @@ def main(argv=None):
             print(f"{args.dataset}: {len(images)} pictures of {'x'.join(map(str, images.shape[1:]))}; run in {out}")
         run(config, images, out, device, args.restart)
     except KeyboardInterrupt:
-        print("pd.py: stopped; the same command continues where it last saved", file=sys.stderr)
+        print("pd.py: stopped; the same command continues a run where it last saved", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, torch.OutOfMemoryError) as error:
+    except (ValueError, OSError, RuntimeError) as error:     # a RuntimeError: out of memory
         print(f"pd.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     finally:
