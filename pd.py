@@ -78,6 +78,8 @@ class Denoiser(nn.Module):
 
     def __init__(self, net, param="v"):
         super().__init__()
+        if param not in PARAMS:
+            raise ValueError(f"param must be one of {', '.join(PARAMS)}, not {param!r}")
         self.net, self.param = net, param
 
     def forward(self, z, t):
@@ -195,8 +197,9 @@ def distill_target(teacher, z, t, s, substeps=2):
 # resolutions, skip connections. The last layer of every block and of the network starts at zero, so that a fresh
 # v-network says v = 0, that is x̂ = α z. On a GPU it computes in bfloat16; everything around it is float32.
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))      # set by torchrun
+EMBEDDING = 128                                                 # numbers that describe t to the network
 
-def time_embedding(t, dim=128):
+def time_embedding(t, dim):
     """(B, dim): cosines, then sines of 1000 t at dim / 2 frequencies from 1 down to almost 1/10000; t is (B,)."""
     freqs = torch.exp(-math.log(10000) * torch.arange(dim // 2, device=t.device) / (dim // 2))
     angles = 1000 * t[:, None] * freqs
@@ -253,7 +256,7 @@ class UNet(nn.Module):
     def __init__(self, channels, width, mults=(1, 2), blocks=1, attention=(), dropout=0.0, out_channels=None):
         super().__init__()
         self.multiple, emb, widths = 2 ** (len(mults) - 1), 4 * width, [width]
-        self.embed = nn.Sequential(nn.Linear(128, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
+        self.embed = nn.Sequential(nn.Linear(EMBEDDING, emb), nn.SiLU(), nn.Linear(emb, emb), nn.SiLU())
         self.stem, self.down, self.up = conv3(channels, width), nn.ModuleList(), nn.ModuleList()
         for i, mult in enumerate(mults):
             if i > 0:
@@ -273,12 +276,12 @@ class UNet(nn.Module):
         self.head = nn.Sequential(norm(h), nn.SiLU(), zero(conv3(h, out_channels or channels)))
 
     def forward(self, z, t, bottleneck=False):
-        """With `bottleneck` it stops half-way and returns (B, C, H / multiple, W / multiple), for `features`."""
+        """With `bottleneck` it stops half-way, in float32: (B, C, H / multiple, W / multiple), for `features`."""
         H, W = z.shape[-2:]
         if H % self.multiple or W % self.multiple:
             raise ValueError(f"this network can't halve {W}x{H} pictures: sizes must be multiples of {self.multiple}")
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda):
-            emb = self.embed(time_embedding(t))
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=z.is_cuda and not bottleneck):
+            emb = self.embed(time_embedding(t, EMBEDDING))
             h = self.stem(z).contiguous(memory_format=torch.channels_last)
             skips = [h]
             for layer in self.down:
@@ -287,7 +290,7 @@ class UNet(nn.Module):
             for layer in self.middle:
                 h = layer(h, emb)
             if bottleneck:
-                return h.to(z.dtype)
+                return h
             for layer in self.up:
                 block = isinstance(layer, ResBlock)
                 h = layer(torch.cat([h, skips.pop()], dim=1), emb) if block else layer(h)
@@ -477,8 +480,10 @@ def frechet_distance(a, b):
     if a.ndim != 2 or b.ndim != 2 or min(len(a), len(b)) < 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"give two sets (N, D) with N > 1 and the same D, not {tuple(a.shape)} and {tuple(b.shape)}")
     cov_a, cov_b = (torch.atleast_2d(torch.cov(f.T)) for f in (a, b))
-    roots = torch.linalg.eigvals(cov_a @ cov_b).real.clamp(min=0).sqrt()            # eigenvalues of (C_a C_b)^½
-    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * roots.sum()).item()
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp(min=0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp(min=0).sqrt().sum()        # tr (C_a C_b)^½
+    return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 def inception(device):
     """uint8 pictures -> (N, 2048), the features of the published FID. ValueError where they are not to be had."""
@@ -547,7 +552,8 @@ def plot_steps(rows):
                               ylabel="Fréchet distance (teacher's features)")
     for label, model, sampler in (("teacher, DDIM", "teacher", "ddim"), ("distilled", "student", "ddim"),
                                   ("teacher, ancestral", "teacher", "ancestral")):
-        points = [(row["steps"], row["fd"]) for row in rows if (row["model"][:7], row["sampler"]) == (model, sampler)]
+        points = [(row["steps"], row["fd"]) for row in rows
+                  if row["model"].startswith(model) and row["sampler"] == sampler]
         axes.plot(*zip(*points), "o-", label=label)
     steps = sorted({row["steps"] for row in rows})
     axes.set_xticks(steps, steps)
@@ -634,7 +640,7 @@ def prepare(out, config, restart):
         for file in files:
             file.unlink()
     elif files:
-        with blaming(f"{out} holds {files[0].name}, but no config.json that can be read", remedy):
+        with blaming(f"{out} holds {files[0].name}, but no config.json or a damaged one", remedy):
             old = dict(json.loads(path.read_text()))
         other = [f"{key} is {old.get(key)} there, {config.get(key)} here" for key in sorted({*old, *config})
                  if old.get(key) != config.get(key) and key not in NOT_TRAINING]
@@ -698,12 +704,12 @@ def run(config, images, out, device, restart):
             info = {"config": config, "model": model.state_dict(), "log": rows, "stage": {
                 "model": name, "steps": steps, "updates": updates, "seconds": seconds,
                 "images_per_second": updates * config["batch_size"] / seconds, "loss": rows[-1]["loss"]}}
-            if RANK == 0:
+            if RANK == 0:                                       # the checkpoint last: it says that the stage is done
+                write_log(log + rows)
                 write(path, lambda file: torch.save(info, file))
             barrier()
         stages, log = stages + [info["stage"]], log + info["log"]
         if RANK == 0:
-            write_log(log)
             print("{model:12}{steps:6} steps{updates:8} updates{seconds:9.1f} s   loss {loss:.5f}".format(**stages[-1]))
 
     results = {}
@@ -770,10 +776,10 @@ def benchmark(config, device, out):
                 "peak_memory_gb": peak / 1e9, "compile_seconds": max(0, first - seconds) if config["compile"] else 0}
 
     with torch.no_grad():
-        matrices = [torch.randn(n, n, **kind) for n in ((4096, 8192, 16384) if cuda else (1024, 2048))]
-        layers = [(conv3(width, width).to(**kind, memory_format=torch.channels_last),
+        matrices = (torch.randn(n, n, **kind) for n in ((4096, 8192, 16384) if cuda else (1024, 2048)))
+        layers = ((conv3(width, width).to(**kind, memory_format=torch.channels_last),
                    torch.randn(B, width, size, size, **kind).to(memory_format=torch.channels_last))
-                  for width, size in ((32, 8), (64, 8), (128, 16), (256, 16))]
+                  for width, size in ((32, 8), (64, 8), (128, 16), (256, 16)))      # made one by one, and let go
         best = {"matmul": max(measure(lambda: a @ a)["tflops"] for a in matrices),
                 "conv": max(measure(lambda: layer(h))["tflops"] for layer, h in layers)}
     print("best matmul {matmul:.3f}, best 3x3 conv {conv:.3f} TFLOP/s".format(**best), f"({kind['dtype']})")
@@ -797,8 +803,8 @@ def number(kind, low, high):
     """An argparse type: a number from low to high."""
     def parse(text):
         with contextlib.suppress(ValueError):
-            if low <= kind(text) <= high:
-                return kind(text)
+            if low <= (value := kind(text)) <= high:
+                return value
         raise argparse.ArgumentTypeError(f"{text!r} is no {'whole ' * (kind is int)}number from {low:g} to {high:g}")
     return parse
 
@@ -844,11 +850,12 @@ def parse_args(argv):
     return args
 
 def choose_device(name):
-    found = ["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count()))]
-    if name == "cuda" or not name:
-        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}" if name or len(found) > 1 else "cpu"
-    if name not in found:
-        raise ValueError(f"no device {name!r} here: give {' or '.join(found)}")
+    found = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    name = name or ("cuda" if found else "cpu")
+    if name == "cuda":
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    if name not in ("cpu", *found):
+        raise ValueError(f"no device {name!r} here: give {' or '.join(['cpu', *found])}")
     return torch.device(name)
 
 def main(argv=None):
@@ -881,7 +888,7 @@ def main(argv=None):
     except KeyboardInterrupt:
         print("pd.py: stopped; the same command continues a run where it last saved", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, RuntimeError) as error:     # a RuntimeError: out of memory
+    except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"pd.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     finally:
