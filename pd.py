@@ -7,7 +7,7 @@
 Read it from top to bottom. Parts 1 to 5 are the paper: tensors of any shape, no devices, files or flags.
 Parts 6 to 10 are the engineering. Sections, equations and algorithms are numbered as in arXiv:2202.00512.
 """
-import argparse, atexit, contextlib, dataclasses, functools, inspect, io, itertools, json, math, os, sys, time
+import argparse, contextlib, dataclasses, functools, inspect, io, itertools, json, math, os, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -329,9 +329,8 @@ def load_folder(folder):
 
 # ---- 8. Training: one loop for the teacher and for every student -------------------------------------------
 # Algorithm 2 is Algorithm 1 but for two things: t is drawn from the student's discrete clock, for its sampler
-# only visits t = 1/N, ..., 1, and x̃ takes the place of x. Random numbers are a function of (seed, stage, update),
-# so a stopped run continues as if it had not been; all processes draw the whole batch and take their slices.
-
+# only visits t = 1/N, ..., 1, and x̃ takes the place of x. Random numbers depend on (seed, stage, update),
+# so a stopped run goes on as if it had not been; all processes draw the whole batch and take their slices.
 def set_seed(*key):
     """Seed torch by whole numbers: (seed, stage, update)."""
     torch.manual_seed(int(np.random.SeedSequence(key).generate_state(1, np.uint64)[0]))
@@ -431,7 +430,7 @@ def features(net, images, device="cpu", t=0.1):
     return torch.cat(chunks)
 
 def frechet_distance(a, b):
-    """|μ_a - μ_b|² + tr(C_a + C_b - 2 (C_a C_b)^½) of two (N, D) feature sets, a float."""
+    """|μ_a - μ_b|² + tr(C_a + C_b - 2 (C_a C_b)^½) of two (N, D) feature sets: a float, from float64."""
     a, b = torch.as_tensor(a).double().cpu(), torch.as_tensor(b).double().cpu()
     cov_a, cov_b = torch.atleast_2d(torch.cov(a.T)), torch.atleast_2d(torch.cov(b.T))
     values, vectors = torch.linalg.eigh(cov_a)
@@ -440,8 +439,8 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 def evaluate(models, images, config, device):
-    """(rows, pictures) of {steps: (denoiser, record)}: the table, a row per number of steps, and {label: uint8
-    (eval_samples, C, H, W)} of all models and of the teacher with the last few numbers of steps."""
+    """(rows, pictures) of {steps: (denoiser, record)}: the table, a row per number of steps, and {label:
+    uint8 (eval_samples, C, H, W)} of all models and of the teacher with the last few numbers of steps."""
     full, num, rows, teachers, students = max(models), config.eval_samples, [], {}, {}
     teacher, _ = models[full]
     set_seed(config.seed, EVALUATION)
@@ -514,16 +513,16 @@ class Config:
     patch: int = 1                      # squares of this size become channels
     dropout: float = 0.3                # of the teacher, or it learns 1,797 digits by heart
     batch_size: int = 64                # pictures per update, of all processes together
-    teacher_updates: int = 1800         # updates of the first teacher
+    teacher_updates: int = 1500         # updates of the first teacher
     lr: float = 2e-3                    # its learning rate,
     warmup: int = 100                   # which rises for so many updates
     decay: float = 0.5                  # and falls to 0 over this part of them, the last
     ema: float = 0.998                  # memory of its average
-    student_updates: int = 150          # updates of a student; twice as many for 2 and 1 steps (Section 5),
+    student_updates: int = 180          # updates of a student; twice as many for 2 and 1 steps (Section 5),
     early_share: float = 0.4            # only this part for more than 16 steps: little is left to learn
     student_lr: float = 6e-4            # its learning rate, which falls to 0
     save_every: int = 200               # updates from one save to the next
-    eval_samples: int = 192             # pictures of each model to evaluate
+    eval_samples: int = 128             # pictures of each model to evaluate
 
     def __post_init__(self):
         if self.weighting is None:      # ε with truncated SNR diverges (Table 1)
@@ -559,7 +558,7 @@ def configure(args, images, device):
     flags = {name: value for name, value in vars(args).items() if value is not None and hasattr(Config, name)}
     config = Config(**PRESETS[args.preset or preset] | flags | {"shape": shape})
     if max(config.ladder()) > 8192:
-        raise ValueError("final-steps x substeps^stages exceeds the paper's 8192 steps: lower one of them")
+        raise ValueError("final-steps x substeps^stages is over 8,192, the paper's most: lower one of them")
     if config.batch_size % WORLD:
         raise ValueError(f"--batch-size must be a multiple of the {WORLD} processes, not {config.batch_size}")
     return config
@@ -714,13 +713,14 @@ def parse_args(argv):
     parser.add_argument("--device", choices=devices, help="default: cuda where there is one")
     parser.add_argument("--out", help="the run's folder, or a file or folder for --sample")
     args = parser.parse_args(argv)
-    for_both = ("sample", "seed", "device", "out")
-    least = {"seed": 0, "warmup": 0, "substeps": 2, "eval_samples": 2}
+    least = {"seed": 0, "warmup": 0, "substeps": 2, "eval_samples": 2}              # of other whole numbers 1
     for name, value in vars(args).items():
         flag, sampling = f"--{name.replace('_', '-')}", name in ("num", "steps", "sampler", "clip")
-        if type(value) is int and value < least.get(name, 1) or type(value) is float and not value >= 0:
-            parser.error(f"{flag} {value} is too small")
-        if value is not None and name not in for_both and sampling != bool(args.sample):
+        general = value is None or name in ("sample", "seed", "device", "out")
+        smallest = least.get(name, 0 if type(value) is float else 1)
+        if type(value) in (int, float) and not value >= smallest:
+            parser.error(f"{flag} must be at least {smallest}, not {value}")
+        if not general and sampling != bool(args.sample):
             parser.error(f"{flag} {'needs' if sampling else 'does not go with'} --sample")
     return args
 
@@ -733,7 +733,6 @@ def main(argv=None):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if WORLD > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-            atexit.register(dist.destroy_process_group)
         if RANK > 0:
             sys.stdout = open(os.devnull, "w")                  # the first process speaks for all
         if args.sample:
