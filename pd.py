@@ -637,7 +637,7 @@ def whole_file(path):
 
 def prepare(out, config, restart):
     """Make the folder of a run, or check that the run in it has these settings."""
-    names = "config.json", "*.pt", "log.csv", "results.json", "samples.png", "steps.png", "*.part"
+    names = "config.json", "*.pt", "log.csv", "results.json", "samples.png", "steps.png"
     files = [file for name in names for file in out.glob(name)]
     here = json.loads(json.dumps(dataclasses.asdict(config)))   # as a file has it: lists, no tuples
     remedy = "choose another --out, or overwrite it with --restart"
