@@ -7,7 +7,7 @@
 Read it from top to bottom. Parts 1 to 5 are the paper: tensors of any shape, no devices, files or flags.
 Parts 6 to 10 are the engineering. Sections, equations and algorithms are numbered as in arXiv:2202.00512.
 """
-import argparse, contextlib, dataclasses, functools, inspect, io, itertools, json, math, os, sys, time
+import argparse, contextlib, dataclasses, functools, inspect, io, itertools, json, math, os, shutil, sys, time
 from pathlib import Path
 
 import numpy as np
@@ -102,7 +102,7 @@ def weighted_loss(model, x_target, z, t, weighting):
     return loss_weight(t, weighting) * (x_target - x_hat).square().reshape(len(z), -1).mean(1)
 
 # ---- 4. Sampling: how do predictions become a picture? -----------------------------------------------------
-# The probability-flow ODE takes the noise away. In the plane of α and σ: dz = x̂ dα + ε̂ dσ (Equation 6).
+# The probability-flow ODE (Equation 6) takes the noise away: in the plane of α and σ, dz = x̂ dα + ε̂ dσ.
 # DDIM is its Euler step (Appendix B): hold x̂ and ε̂, move α and σ. Heun averages x̂ and ε̂ at both ends of
 # the step. The ancestral sampler is no ODE: it draws z_s from the posterior as if x̂ were exact (Section 2).
 SAMPLERS = ("ddim", "ancestral", "heun")
@@ -220,7 +220,7 @@ class ResBlock(nn.Module):
     def forward(self, h, emb):
         scale, shift = self.scale_shift(emb)[:, :, None, None].chunk(2, dim=1)
         out = F.silu(self.norm2(self.conv1(F.silu(self.norm1(h)))) * (1 + scale) + shift)
-        if self.training and self.dropout:                      # masks for all processes, then this one's
+        if self.training and self.dropout:                      # the whole batch's mask, then our slice
             out = out * F.dropout(torch.cat([torch.ones_like(out)] * WORLD), self.dropout).chunk(WORLD)[RANK]
         return self.attention(self.skip(h) + self.conv2(out))
 
@@ -346,9 +346,9 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
           batch_size=128, lr=1e-3, warmup=0, decay=0.0, ema=0.999, flip=False, seed=0, stage=0,
           every=100, resume=None, report=None):
     """Train a Denoiser in place on data (N, *dims): Algorithm 1, or with a teacher Algorithm 2, for `steps`.
-    A teacher's lr rises for `warmup` updates and falls to 0 over the last part `decay`; it ends as its moving
-    average. A student's lr falls all the time. Every `every` updates mean loss and gradient norm are logged
-    and report(state) is called; given as `resume`, it continues. Returns the log. ValueError: not finite."""
+    A teacher's lr rises for `warmup` updates and falls to 0 in the last `decay` (a fraction) of all; it ends
+    as its moving average. A student's lr falls from the start. Every `every` updates: a row for the log,
+    report(state); pass such a state as `resume` to continue. Returns the log. ValueError: loss not finite."""
     optimizer = torch.optim.Adam(model.parameters(), lr, fused=True)
     weights = [p.detach() for p in model.parameters()]          # the same numbers, outside of autograd
     average = [w.clone() for w in weights] if teacher is None else []
@@ -382,7 +382,7 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
             rate = min(lr, lr * (update + 1) / max(1, warmup), rate / max(1e-9, decay))
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
-        if average:                                             # a short memory at first, then `ema`
+        if average:                                             # its decay rate rises from 0.1 to ema
             torch._foreach_lerp_(average, weights, 1 - min(ema, (update + 1) / (update + 10)))
         totals += torch.stack([loss.detach(), grad_norm])
         if (update + 1) % every == 0 or update + 1 == updates:  # only here the host waits for the device
@@ -390,8 +390,8 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
                 dist.all_reduce(totals)
             loss, grad_norm = (totals / (update + 1 - logged) / WORLD).tolist()
             if not math.isfinite(loss + grad_norm):
-                raise ValueError(f"the loss is not finite at update {update + 1}: give a lower --lr or "
-                                 "--student-lr and --restart; the last good checkpoint is kept")
+                raise ValueError(f"the loss is not finite at update {update + 1}; the last save is kept: "
+                                 "give a lower --lr or --student-lr, and another --out or --restart")
             totals.zero_()
             logged = update + 1
             log.append({"update": logged, "loss": loss, "grad_norm": grad_norm, "lr": rate})
@@ -450,8 +450,7 @@ def evaluate(models, images, config, device):
         pictures = generate(model, num, images.shape[1:], steps, sampler, config.seed, device)
         return pictures, frechet_distance(real, features(teacher.net, pictures, device))
 
-    print("""\nFréchet distance to the data in the teacher's features, less is better (not the published FID);
-drift: RMSE to the teacher's pictures from the same noise, on a scale from -1 to 1; seconds of training
+    print("""\nFréchet distances in the teacher's features (no FID), and drift: RMSE to the teacher's pictures
      steps  distilled       ddim  ancestral      drift    seconds    updates""")
     for steps, (model, record) in models.items():
         teachers[steps], ddim = draw_and_measure(teacher, steps)
@@ -495,7 +494,7 @@ def plot_steps(rows):
 # ---- 10. Settings, the ladder, the files of a run, the command line ----------------------------------------
 @dataclasses.dataclass
 class Config:
-    """Every setting of a run, each a flag. The values are the digits'; PRESETS has those of other data."""
+    """Every setting of a run: the digits' values; PRESETS has others. An int, float or str is a flag, too."""
     dataset: str = "digits"             # digits, mnist, fashion-mnist, cifar10 or a folder of pictures
     size: int = None                    # resize and crop the pictures to squares of this size
     shape: tuple = (1797, 1, 8, 8)      # pictures, channels, height, width; no flag: the data say it
@@ -514,13 +513,13 @@ class Config:
     dropout: float = 0.3                # of the teacher, or it learns 1,797 digits by heart
     batch_size: int = 64                # pictures per update, of all processes together
     teacher_updates: int = 1500         # updates of the first teacher
-    lr: float = 2e-3                    # its learning rate,
-    warmup: int = 100                   # which rises for so many updates
-    decay: float = 0.5                  # and falls to 0 over this part of them, the last
-    ema: float = 0.998                  # memory of its average
-    student_updates: int = 180          # updates of a student; twice as many for 2 and 1 steps (Section 5),
-    early_share: float = 0.4            # only this part for more than 16 steps: little is left to learn
-    student_lr: float = 6e-4            # its learning rate, which falls to 0
+    lr: float = 2e-3                    # learning rate of the first teacher
+    warmup: int = 100                   # its updates in which lr rises from 0
+    decay: float = 0.5                  # the last part of its updates, in which lr falls to 0
+    ema: float = 0.998                  # decay rate of its moving average
+    student_updates: int = 180          # updates of a student; twice as many for 2 and 1 steps (Section 5)
+    early_share: float = 0.4            # the part of them that a student of more than 16 steps gets
+    student_lr: float = 6e-4            # learning rate of a student at its start; it falls to 0
     save_every: int = 200               # updates from one save to the next
     eval_samples: int = 128             # pictures of each model to evaluate
 
@@ -531,10 +530,11 @@ class Config:
     def ladder(self):
         """{steps: updates} of all models, the teacher's first: 256, 128, ..., 1 steps."""
         updates = {}
-        for steps in (self.final_steps * self.substeps**k for k in range(self.stages, -1, -1)):
+        for k in range(self.stages, -1, -1):
+            steps = self.final_steps * self.substeps**k
             share = 2 if steps <= 2 else 1 if steps <= 16 else self.early_share
-            updates[steps] = math.ceil(share * self.student_updates) if updates else self.teacher_updates
-        return updates
+            updates[steps] = max(1, math.ceil(share * self.student_updates))
+        return updates | {max(updates): self.teacher_updates}
 
 GREY = dict(mults=(1, 2, 2), attention=(4,), dropout=0, batch_size=128, teacher_updates=10000, lr=1e-3,
             warmup=500, ema=0.999, student_updates=750, student_lr=5e-4, eval_samples=1024)
@@ -613,8 +613,7 @@ def train_and_save(model, teacher, data, config, stage, steps, updates, record, 
     return save({"updates": updates, "log": log, "model": model.state_dict()})
 
 def load_model(path, device="cpu"):
-    """(denoiser, record) from a teacher.pt or student-N.pt; a teacher in training is its average so far.
-    ValueError for any other file; code in it is never run."""
+    """(denoiser, record) of a checkpoint; of a teacher in training, its average. ValueError: other files."""
     with explain(f"{path} is no checkpoint", "give a teacher.pt or student-N.pt; mend a run with --restart"):
         record = torch.load(path, map_location=device, weights_only=True)
         model = build(Config(**record["config"]), device)
@@ -637,7 +636,7 @@ def whole_file(path):
 
 def prepare(out, config, restart):
     """Make the folder of a run, or check that the run in it has these settings."""
-    names = "config.json", "*.pt", "log.csv", "results.json", "samples.png", "steps.png"
+    names = "config.json", "teacher.pt", "student-*.pt", "log.csv", "results.json", "samples.png", "steps.png"
     files = [file for name in names for file in out.glob(name)]
     here = json.loads(json.dumps(dataclasses.asdict(config)))   # as a file has it: lists, no tuples
     remedy = "choose another --out, or overwrite it with --restart"
@@ -683,7 +682,8 @@ def sample_to_file(args, device):
             Image.fromarray(grid.repeat(scale, 0).repeat(scale, 1)).save(file, "png")
     elif RANK == 0:
         part = Path(f"{out}.part")                              # the whole folder, or none
-        part.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)                 # the rest of a command that was stopped
+        part.mkdir(parents=True)
         for i, image in enumerate(images):
             Image.fromarray(tile(image[None], 1)).save(part / f"{i:06}.png")
         os.replace(part, out)
@@ -698,8 +698,8 @@ def parse_args(argv):
     choices = {"param": PARAMS, "weighting": WEIGHTINGS}
     for field in dataclasses.fields(Config):
         if field.type in (int, float, str):
-            flag, allowed = f"--{field.name.replace('_', '-')}", choices.get(field.name)
-            training.add_argument(flag, type=field.type, choices=allowed)
+            flag = f"--{field.name.replace('_', '-')}"
+            training.add_argument(flag, type=field.type, choices=choices.get(field.name))
     training.add_argument("--preset", choices=PRESETS, help="default: what fits the pictures and the device")
     training.add_argument("--data-dir", help="where downloads are kept, default data")
     training.add_argument("--restart", action="store_true", default=None, help="overwrite the run in --out")
@@ -713,14 +713,14 @@ def parse_args(argv):
     parser.add_argument("--device", choices=devices, help="default: cuda where there is one")
     parser.add_argument("--out", help="the run's folder, or a file or folder for --sample")
     args = parser.parse_args(argv)
-    least = {"seed": 0, "warmup": 0, "substeps": 2, "eval_samples": 2}              # of other whole numbers 1
+    least = {"substeps": 2, "eval_samples": 2} | dict.fromkeys(
+        ("seed", "warmup", "lr", "student_lr", "decay", "dropout", "ema", "early_share"), 0)
     for name, value in vars(args).items():
         flag, sampling = f"--{name.replace('_', '-')}", name in ("num", "steps", "sampler", "clip")
-        general = value is None or name in ("sample", "seed", "device", "out")
-        smallest = least.get(name, 0 if type(value) is float else 1)
-        if type(value) in (int, float) and not value >= smallest:
-            parser.error(f"{flag} must be at least {smallest}, not {value}")
-        if not general and sampling != bool(args.sample):
+        low, high = least.get(name, 1), 1 if name in ("decay", "dropout", "ema", "early_share") else 10**9
+        if type(value) in (int, float) and not low <= value <= high:
+            parser.error(f"{flag} must be from {low} to {high}, not {value}")
+        if sampling != bool(args.sample) and value and name not in ("sample", "seed", "device", "out"):
             parser.error(f"{flag} {'needs' if sampling else 'does not go with'} --sample")
     return args
 
@@ -733,16 +733,15 @@ def main(argv=None):
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         if WORLD > 1:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-        if RANK > 0:
-            sys.stdout = open(os.devnull, "w")                  # the first process speaks for all
+            sys.stdout = open(os.devnull, "w") if RANK > 0 else sys.stdout      # one process speaks for all
         if args.sample:
             return sample_to_file(args, device)
-        for others in (False, True):                            # one process downloads, then the others load
-            if others == (RANK > 0):
+        for turn in ("first", "others"):                        # one process downloads, then the others load
+            if (turn == "first") == (RANK == 0):
                 images, _ = load_dataset(args.dataset or "digits", args.data_dir or "data", args.size)
                 config = configure(args, images, device)
                 out = Path(args.out or f"runs/{Path(config.dataset).resolve().name}")
-                prepare(out, config, args.restart and not others)
+                prepare(out, config, args.restart and RANK == 0)
             if WORLD > 1:
                 dist.barrier()
         size, ladder = sum(p.numel() for p in build(config, "cpu").parameters()), config.ladder()
@@ -750,11 +749,12 @@ def main(argv=None):
               f"{sum(ladder.values()):,} updates; {max(ladder)} -> {min(ladder)} steps; in {out}", flush=True)
         run(config, images, out, device, device.type == "cuda" if args.compile is None else args.compile)
     except KeyboardInterrupt:
-        print("pd.py: stopped; the same command continues a run where it last saved", file=sys.stderr)
+        print("pd.py: stopped; the command, without --restart, continues from the last save", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, torch.OutOfMemoryError) as error:
         print(f"pd.py: error: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="replace")                    # a terminal without x̂ and é shows ?
     main()
