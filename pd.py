@@ -404,8 +404,7 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
     return log
 
 # ---- 9. Evaluation: did it work? ---------------------------------------------------------------------------
-# The Fréchet distance here compares features of the run's own teacher: no download, any data, one measure for
-# all samplers of a run. It is not the published FID; and like FID it falls when more samples are drawn.
+# Fréchet distances compare features of the run's own teacher: this is not the published FID, nor a download.
 CHUNK = 256                                                     # pictures sampled together
 INIT, EVALUATION = 10**6, 10**6 + 1                             # for set_seed, beyond the numbers of stages
 
@@ -439,8 +438,7 @@ def frechet_distance(a, b):
     return ((a.mean(0) - b.mean(0)).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross).item()
 
 def evaluate(models, images, config, device):
-    """(rows, pictures) of {steps: (denoiser, record)}: the table, a row per number of steps, and {label:
-    uint8 (eval_samples, C, H, W)} of all models and of the teacher with the last few numbers of steps."""
+    """(rows, pictures) of {steps: (denoiser, record)}: the table; {label: uint8 (eval_samples, C, H, W)}."""
     full, num, rows, teachers, students = max(models), config.eval_samples, [], {}, {}
     teacher, _ = models[full]
     set_seed(config.seed, EVALUATION)
@@ -520,6 +518,7 @@ class Config:
     student_updates: int = 180          # updates of a student; twice as many for 2 and 1 steps (Section 5)
     early_share: float = 0.4            # the part of them that a student of more than 16 steps gets
     student_lr: float = 6e-4            # learning rate of a student at its start; it falls to 0
+    early_lr: float = 2e-4              # the same, of a student of more than 16 steps
     save_every: int = 200               # updates from one save to the next
     eval_samples: int = 128             # pictures of each model to evaluate
 
@@ -537,18 +536,19 @@ class Config:
         return updates | {max(updates): self.teacher_updates}
 
 GREY = dict(mults=(1, 2, 2), attention=(4,), dropout=0, batch_size=128, teacher_updates=10000, lr=1e-3,
-            warmup=500, ema=0.999, student_updates=750, student_lr=5e-4, eval_samples=1024)
+            warmup=500, ema=0.999, student_updates=750, student_lr=5e-4, early_lr=5e-4, eval_samples=1024)
 LARGE = dict(flip=True, width=128, mults=(1, 2, 2, 2), blocks=2, attention=(2, 4), dropout=0.2,
              batch_size=128, teacher_updates=20000, lr=2e-4, warmup=1000, ema=0.9995, student_updates=1500,
-             student_lr=1e-4, eval_samples=2048)
+             student_lr=1e-4, early_lr=1e-4, eval_samples=2048)
 ON_CPU = dict(patch=2, mults=(1, 2, 2), blocks=1, attention=(4,), dropout=0, batch_size=64, lr=1e-3,
-              warmup=300, ema=0.999, student_lr=5e-4, eval_samples=256)
+              warmup=300, ema=0.999, student_lr=5e-4, early_lr=5e-4, eval_samples=256)
 PRESETS = {
     "digits": {}, "grey": GREY, "large": LARGE,
-    "grey-cpu": GREY | ON_CPU | dict(teacher_updates=3600, student_updates=120),
+    "grey-cpu": GREY | ON_CPU | dict(teacher_updates=2400, student_updates=100),
     "large-cpu": LARGE | ON_CPU | dict(width=48, teacher_updates=7000, student_updates=240),
-    "paper": LARGE | dict(width=256, mults=(1, 1, 1), blocks=3, param="x", stages=13, teacher_updates=800_000,
-                          decay=0, ema=0.9999, student_updates=50_000, early_share=1, student_lr=5e-5)}
+    "paper": LARGE | dict(
+        width=256, mults=(1, 1, 1), blocks=3, param="x", stages=13, teacher_updates=800_000, ema=0.9999,
+        decay=0, student_updates=50_000, early_share=1, student_lr=5e-5, early_lr=5e-5)}
 
 def configure(args, images, device):
     """The Config of a run: the preset that is asked for, or that fits, then the flags, then the data."""
@@ -605,11 +605,11 @@ def train_and_save(model, teacher, data, config, stage, steps, updates, record, 
               f"loss {record['log'][-1]['loss']:.5f}", flush=True)
         return record
 
-    log = train(model, data, updates, teacher=teacher, steps=steps, substeps=config.substeps,
-                weighting=config.weighting, batch_size=config.batch_size, warmup=config.warmup,
-                decay=config.decay, ema=config.ema, lr=config.lr if teacher is None else config.student_lr,
-                flip=config.flip, seed=config.seed, stage=stage, every=config.save_every,
-                resume=record if record["updates"] else None, report=save)
+    student_lr = config.early_lr if steps > 16 else config.student_lr
+    log = train(model, data, updates, teacher=teacher, steps=steps, lr=student_lr if teacher else config.lr,
+                substeps=config.substeps, weighting=config.weighting, batch_size=config.batch_size,
+                warmup=config.warmup, decay=config.decay, ema=config.ema, flip=config.flip, seed=config.seed,
+                stage=stage, every=config.save_every, resume=record if record["updates"] else None, report=save)
     return save({"updates": updates, "log": log, "model": model.state_dict()})
 
 def load_model(path, device="cpu"):
