@@ -607,9 +607,9 @@ def train_and_save(model, teacher, data, config, stage, steps, updates, record, 
 
     student_lr = config.early_lr if steps > 16 else config.student_lr
     log = train(model, data, updates, teacher=teacher, steps=steps, lr=student_lr if teacher else config.lr,
-                substeps=config.substeps, weighting=config.weighting, batch_size=config.batch_size,
+                substeps=config.substeps, weighting=config.weighting, batch_size=config.batch_size, stage=stage,
                 warmup=config.warmup, decay=config.decay, ema=config.ema, flip=config.flip, seed=config.seed,
-                stage=stage, every=config.save_every, resume=record if record["updates"] else None, report=save)
+                every=config.save_every, resume=record if record["updates"] else None, report=save)
     return save({"updates": updates, "log": log, "model": model.state_dict()})
 
 def load_model(path, device="cpu"):
