@@ -353,7 +353,7 @@ def train(model, data, updates, *, teacher=None, steps=None, substeps=2, weighti
     weights = [p.detach() for p in model.parameters()]          # the same numbers, outside of autograd
     average = [w.clone() for w in weights] if teacher is None else []
     logged, log = 0, []
-    if resume:
+    if resume and resume["updates"] > 0:
         logged, log, average = resume["updates"], resume["log"], resume["average"]
         model.load_state_dict(resume["model"])
         optimizer.load_state_dict(resume["optimizer"])
@@ -606,10 +606,10 @@ def train_and_save(model, teacher, data, config, stage, steps, updates, record, 
         return record
 
     student_lr = config.early_lr if steps > 16 else config.student_lr
-    log = train(model, data, updates, teacher=teacher, steps=steps, lr=student_lr if teacher else config.lr,
-                substeps=config.substeps, weighting=config.weighting, batch_size=config.batch_size, stage=stage,
-                warmup=config.warmup, decay=config.decay, ema=config.ema, flip=config.flip, seed=config.seed,
-                every=config.save_every, resume=record if record["updates"] else None, report=save)
+    log = train(model, data, updates, teacher=teacher, steps=steps, stage=stage, report=save,
+                lr=student_lr if teacher else config.lr, substeps=config.substeps, weighting=config.weighting,
+                batch_size=config.batch_size, warmup=config.warmup, decay=config.decay, ema=config.ema,
+                flip=config.flip, seed=config.seed, every=config.save_every, resume=record)
     return save({"updates": updates, "log": log, "model": model.state_dict()})
 
 def load_model(path, device="cpu"):
