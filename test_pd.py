@@ -1238,7 +1238,7 @@ def test_grade_says_where_a_file_goes_wrong(source, tmp_path, capsys, monkeypatc
     assert wrong == {"log_snr", "ddim_step", "outcome"}
     assert result["of"] == sum(map(len, GRADED.values())) and f"{result['points']}/{result['of']}" in printed
     file.write_text(source.replace("    freqs = ", f"    {loop}\n    freqs = "), encoding="utf8")
-    monkeypatch.setattr(sys.modules[main.__module__], "SECONDS", 5)
+    monkeypatch.setattr(sys.modules[main.__module__], "SECONDS", 15)
     main(["grade", str(file), "--hint", "time_embedding"])
     printed = " ".join(capsys.readouterr().out.split())
     assert f"hint: {EXERCISES['time_embedding'][1]}" in printed and "0/2" in printed
