@@ -629,8 +629,8 @@ def whole_file(path):
     yield buffer
     if RANK == 0:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(part, "wb") as file:
-            file.write(buffer.getbuffer())
+        part.write_bytes(buffer.getbuffer())
+        with open(part, "rb+") as file:
             os.fsync(file.fileno())                             # on the disk before it replaces the old one
         os.replace(part, path)
 

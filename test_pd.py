@@ -1854,7 +1854,7 @@ def attempts_here(file, args, kills):
     import resource
     module, statuses = load(Path(file).read_text(encoding="utf8"), file), []
     train, replace, count = module.train, os.replace, iter(range(10**9))
-    module.SAVE_SECONDS, module.train = 0, lambda *args, **options: train(*args, **options | {"every": 3})
+    module.train = lambda *args, **options: train(*args, **options | {"every": 3})
     torch.set_num_threads(1)
     for kind, value in json.loads(kills):
         def dying_replace(*paths):
