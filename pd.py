@@ -714,7 +714,7 @@ def parse_args(argv):
     parser.add_argument("--out", help="the run's folder, or a file or folder for --sample")
     args = parser.parse_args(argv)
     least = {"substeps": 2, "eval_samples": 2} | dict.fromkeys(
-        ("seed", "warmup", "lr", "student_lr", "decay", "dropout", "ema", "early_share"), 0)
+        ("seed", "warmup", "lr", "student_lr", "early_lr", "decay", "dropout", "ema", "early_share"), 0)
     for name, value in vars(args).items():
         flag, sampling = f"--{name.replace('_', '-')}", name in ("num", "steps", "sampler", "clip")
         low, high = least.get(name, 1), 1 if name in ("decay", "dropout", "ema", "early_share") else 10**9
