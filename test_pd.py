@@ -857,9 +857,13 @@ def test_unet_takes_any_channels_any_size_and_any_patch(pd, channels, H, W, mult
         assert not torch.allclose(net(z, t), net(0 * z, t), atol=1e-3)
 
 def test_presets_are_networks_of_their_size_and_the_papers_numbers(pd, monkeypatch):
-    """And ε has the weighting that does not diverge (Table 1); processes share a batch evenly."""
-    for preset, low, high in (("digits", 1e5, 1e6), ("large", 30e6, 40e6)):
-        assert low < numbers(pd.build(pd.Config(**pd.PRESETS[preset]), "cpu")).numel() < high
+    """And fit the pictures; ε's weighting does not diverge (Table 1); processes share a batch evenly."""
+    for shape, device, preset, millions in (
+            ((1, 16, 16), "cuda", "digits", 0.7), ((1, 32, 28), "cpu", "grey-cpu", 1.1),
+            ((3, 17, 16), "cpu", "large-cpu", 2.6), ((1, 33, 32), "cuda", "large", 39)):
+        config = pd.configure(pd.parse_args([]), torch.zeros(9, *shape), torch.device(device))
+        assert vars(config).items() >= pd.PRESETS[preset].items()
+        assert numbers(pd.build(config, "cpu")).numel() == pytest.approx(1e6 * millions, rel=0.1)
     facts = dict(width=256, mults=(1, 1, 1), blocks=3, dropout=0.2, param="x", weighting="truncated", lr=2e-4,
                  ema=0.9999, warmup=1000, batch_size=128, student_lr=5e-5, student_updates=50_000, stages=13,
                  substeps=2, final_steps=1, patch=1, flip=True, early_share=1)
@@ -920,10 +924,9 @@ def test_frechet_distance_of_gaussians_has_its_closed_form(pd):
     rng = np.random.default_rng(0)
     a, b = rng.normal(size=(500, 3)) @ rng.normal(size=(3, 3)), rng.normal(size=(400, 3)) + [1, 2, 3]
     a -= a.mean(0)
-    flat, trace = np.hstack([a, np.zeros((500, 2))]), np.trace(np.cov(a.T))
-    for one, other, distance in ((a, a + 2, 12), (3 * a, a, 4 * trace), (flat, flat, 0),
-                                 (a, b, ref.frechet_distance(a, b))):
-        assert pd.frechet_distance(one, other) == pytest.approx(distance, rel=1e-9, abs=1e-9)
+    flat, tr = np.hstack([a, np.zeros((500, 2))]), np.trace(np.cov(a.T))
+    for x, y, d in ((a, a + 2, 12), (3 * a, a, 4 * tr), (flat, flat, 0), (a, b, ref.frechet_distance(a, b))):
+        assert pd.frechet_distance(x, y) == pytest.approx(d, rel=1e-9, abs=1e-9)
 
 def test_generate_gives_every_model_the_same_noise_and_the_same_first_pictures(pd, monkeypatch):
     """Normal noise, other noise in every chunk and for another seed; sampler and clip reach `sample`."""
@@ -946,7 +949,6 @@ def pixels(x):
 def test_training_clips_gradients_averages_weights_and_logs_means(pd):
     """Adam has the schedule's rate, norms of 1 at most; a teacher ends as its average, a student as it is."""
     from torch.optim.optimizer import register_optimizer_step_post_hook
-
     def train(**options):
         def after_step(optimizer, args, kwargs):
             gradient = torch.cat([p.grad.flatten() for p in model.parameters()])
@@ -988,8 +990,7 @@ def test_dropout_acts_for_the_teacher_and_not_for_students(pd):
     assert differs == 2 * [True] + 6 * [False] and not (teacher.training or student.training)
 
 def command(pd, *args):
-    """The exit status of pd.py, in this process; None if Ctrl-C goes through it."""
-    try:
+    try:                                                        # the exit status, in this process
         pd.main([str(arg) for arg in args])
         return 0
     except (SystemExit, KeyboardInterrupt) as stop:
@@ -1006,12 +1007,12 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def ladder(module, pictures, tmp_path_factory):
-    """A run, .stages being the calls of `train`, .models the contents of its files: of 4 steps, 2 and 1."""
+    """A run; .stages: the calls of `train`, .models: the contents of its files, of 4 steps, 2 and 1."""
     def train(model, data, updates, **options):
         start, teacher = numbers(model), options["teacher"] and numbers(options["teacher"])
         log = real_train(model, data, updates, **options)
         options |= {"updates": updates, "start": start, "teacher": teacher, "log": log, "end": numbers(model)}
-        stages.append(types.SimpleNamespace(**options))
+        stages.append(types.SimpleNamespace(data=data, **options))
         return log
     out, stages, real_train = tmp_path_factory.mktemp("runs") / "ladder", [], module.train
     with pytest.MonkeyPatch.context() as patch:
@@ -1024,8 +1025,8 @@ def ladder(module, pictures, tmp_path_factory):
 def test_a_student_starts_as_a_copy_of_its_teacher_the_model_before(ladder):
     """Bit for bit; its targets come from that same model; those of 2 and 1 steps get twice the updates. Files
     hold the weights, name, steps, updates and log, which is also log.csv, and nothing half trained."""
-    facts = [(stage.stage, stage.steps, stage.updates, stage.teacher is None) for stage in ladder.stages]
-    assert facts == [(0, 4, 12, True), (1, 2, 12, False), (2, 1, 12, False)]
+    facts = [(stage.stage, stage.steps, stage.updates, len(stage.data)) for stage in ladder.stages]
+    assert facts == [(0, 4, 12, 24), (1, 2, 12, 24), (2, 1, 12, 24)] and ladder.stages[0].teacher is None
     for before, stage in pairwise(ladder.stages):
         assert torch.equal(stage.start, before.end) and torch.equal(stage.teacher, before.end)
         assert not torch.equal(stage.end, before.end)
@@ -1081,8 +1082,7 @@ def test_every_setting_reaches_its_place(pd, pictures, tmp_path, monkeypatch):
     stages, seeds = [], set()
     monkeypatch.setattr(pd, "train", train)
     monkeypatch.setattr(pd, "set_seed", lambda seed, *key: seeds.add(seed))
-    odd = dict(flip=True, mults=(1, 3), attention=(2,), lr=9.0)
-    monkeypatch.setitem(pd.PRESETS, "odd", odd)
+    monkeypatch.setitem(pd.PRESETS, "odd", dict(flip=True, mults=(1, 3), attention=(2,), lr=9.0))
     passed = dict(substeps=4, weighting="snr+1", batch_size=6, warmup=3, decay=0.75, ema=0.8, seed=5)
     flags = passed | dict(
         preset="odd", stages=2, final_steps=5, param="both", width=12, blocks=2, patch=2, dropout=0.25,
