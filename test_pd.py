@@ -44,8 +44,7 @@ class ref:
     def noisy(x, eps, t):
         a, s, _ = ref.at(x, t)
         return a * x + s * eps
-    def exact_output(x, eps, t, param):
-        """What a perfect network says."""
+    def exact_output(x, eps, t, param):                         # what a perfect network says
         a, s, _ = ref.at(x, t)
         return {"v": a * eps - s * x, "eps": eps, "x": x, "both": torch.cat([x, eps], 1)}[param]
     def to_x_eps(out, z, t, param):
@@ -1385,9 +1384,10 @@ def main(argv=None):
     command.add_argument("--answer", action="store_true")
     commands.add_parser("benchmark", usage="test_pd.py benchmark [flags of pd.py]")
     commands.add_parser("seeds").add_argument("number", type=int, nargs="?", default=3)
-    args, args.flags = parser.parse_known_args(argv)
-    if args.flags and args.command != "benchmark":
-        parser.error(f"unrecognized arguments: {' '.join(args.flags)}")
+    args, flags = parser.parse_known_args(argv)
+    args.flags = flags
+    if flags and args.command != "benchmark":
+        parser.error(f"unrecognized arguments: {' '.join(flags)}")
     try:
         if args.command == "handout":
             write_new(args.file, handout(args.only))
