@@ -541,11 +541,11 @@ LARGE = dict(flip=True, width=128, mults=(1, 2, 2, 2), blocks=2, attention=(2, 4
              batch_size=128, teacher_updates=20000, lr=2e-4, warmup=1000, ema=0.9995, student_updates=1500,
              student_lr=1e-4, early_lr=1e-4, eval_samples=2048)
 ON_CPU = dict(patch=2, mults=(1, 2, 2), blocks=1, attention=(4,), dropout=0, batch_size=64, lr=1e-3,
-              warmup=300, ema=0.999, student_lr=5e-4, early_lr=5e-4, eval_samples=256)
+              warmup=300, ema=0.999, student_lr=3e-4, early_lr=1e-4, eval_samples=256)
 PRESETS = {
     "digits": {}, "grey": GREY, "large": LARGE,
-    "grey-cpu": GREY | ON_CPU | dict(teacher_updates=2400, student_updates=100),
-    "large-cpu": LARGE | ON_CPU | dict(width=48, teacher_updates=7000, student_updates=240),
+    "grey-cpu": GREY | ON_CPU | dict(teacher_updates=2400, student_updates=300),
+    "large-cpu": LARGE | ON_CPU | dict(width=48, teacher_updates=7000, student_updates=600),
     "paper": LARGE | dict(
         width=256, mults=(1, 1, 1), blocks=3, param="x", stages=13, teacher_updates=800_000, ema=0.9999,
         decay=0, student_updates=50_000, early_share=1, student_lr=5e-5, early_lr=5e-5)}
