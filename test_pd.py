@@ -502,7 +502,7 @@ def awake(net):
 
 def test_bfloat16_stays_inside_the_network(pd, monkeypatch):
     """As on a GPU the network computes in bfloat16; x̂, ε̂, loss, x̃ and samples are float32."""
-    model, autocast, inside = pd.Denoiser(awake(pd.UNet(1, 8, attention=(2,)))), torch.autocast, set()
+    model, autocast, inside = pd.Denoiser(awake(pd.UNet(1, 8, attention=(2,))), "x"), torch.autocast, set()
     model.net.stem.register_forward_hook(lambda layer, inputs, out: inside.add(out.dtype))
     z, t = normal(4, 1, 8, 8).float(), torch.tensor([0.25, 0.5, 0.7, 0.75])
     def results():
