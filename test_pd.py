@@ -684,8 +684,7 @@ def grade_files(args):
     if args.hint:
         print(f"hint: {EXERCISES[args.hint][1]}")
 
-# `old` in pd.py becomes `new`; the exercise fails with `clue` in a message. One with a symptom is for the
-# hunt; how far students land from their teacher of eight steps was measured on points of a ring.
+# `old` in pd.py becomes `new`; the exercise fails with `clue`. With a measured symptom it is for the hunt.
 Mistake = collections.namedtuple("Mistake", "exercise old new clue symptom answer", defaults=("", ""))
 ALPHA, ALPHA_T = "torch.sin(FIRST_ANGLE + span * (1 - t))", "torch.cos(FIRST_ANGLE + span * t)"
 ALPHAS, LOG_SNR = ALPHA + ", torch.sin(FIRST_ANGLE + span * t)", "2 * torch.log(alpha / sigma)"
@@ -781,8 +780,7 @@ def test_every_mistake_is_caught_with_a_message_that_leads_to_it(mistake):
     assert mistake.clue in str(failures(load(plant(mistake)), mistake.exercise))
 
 def test_one_solution_turns_one_exercise_green():
-    """All exercises but one are taken out, or all: these say so, and the one that is there has full marks."""
-    for solved in [None, *NAMES]:
+    for solved in [None, *NAMES]:                               # None: a blank handout scores 0
         module = load(handout([name for name in NAMES if name != solved]))
         for number, name in enumerate(NAMES, 1):
             todo = f"not filled in yet: exercise {number}: {EXERCISES[name][0]}"
@@ -844,6 +842,8 @@ def test_unet_takes_any_channels_any_size_and_any_patch(pd, channels, H, W, mult
     plain = pd.UNet(channels * patch**2, 8, mults, attention=(1, 2), outputs=2).eval()
     z, t, multiple = torch.randn(3, channels, H, W), torch.tensor([0.1, 0.5, 0.9]), patch << len(mults) - 1
     padded = nn.functional.pad(z, (0, -W % multiple, 0, -H % multiple))
+    angles = 1000 * t[:, None] * 10000.0 ** (-torch.arange(4) / 4)
+    assert same(pd.time_embedding(t, 8), torch.cat([angles.cos(), angles.sin()], 1))
     assert net(z, t).abs().max() == 0
     plain.load_state_dict(awake(net).state_dict())
     with torch.no_grad():
