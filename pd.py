@@ -5,7 +5,8 @@
     python pd.py --sample runs/digits/student-1.pt --num 64 --out grid.png
 
 Read it from top to bottom. Parts 1 to 5 are the paper: tensors of any shape, and no files.
-Parts 6 to 12 are the engineering: settings, a UNet, data, training, evaluation, runs.
+Parts 6 to 12 are the engineering: settings, a UNet, data, training, evaluation, runs. The
+command line enters at `main`, which calls `start`, which makes a `Run` and trains its models.
 Sections, equations and algorithms are numbered as in arXiv:2202.00512.
 """
 import argparse
@@ -75,10 +76,10 @@ def alpha_sigma_for(z, t):
     return alpha.reshape(shape), sigma.reshape(shape)
 
 # ---- 2. Parameterizations: what does the network predict? ------------------------------------
-# Since z_t = α x + σ ε, whoever knows z_t and x also knows ε. So in exact arithmetic it does
-# not matter whether the network predicts x, ε or v. In practice it decides how the network's
-# errors are amplified: the x̂ of an ε-network carries σ/α times its error, and that factor is
-# e^10 at t = 1, where a one-step student works (Section 4).
+# Because z_t = α x + σ ε, ε follows from z_t and x. So in exact arithmetic it does not matter
+# whether the network predicts x, ε or v. In practice it decides how the network's errors are
+# amplified: the x̂ of an ε-network carries σ/α times its error, and that factor is e^10 at
+# t = 1, where a one-step student works (Section 4).
 
 PARAMS = ("v", "eps", "x", "both")
 
@@ -95,7 +96,7 @@ def to_x_eps(out, z, t, param):
         return (z - sigma * out) / alpha, out
     if param == "x":
         return out, (z - alpha * out) / sigma
-    if param == "both":  # x̂ follows the x-output in the noise, the ε-output near the data
+    if param == "both":  # x̂ comes mostly from x̃ at high noise, from ε̃ at low noise
         x_out, eps_out = out.chunk(2, dim=1)
         x_hat = sigma**2 * x_out + alpha * (z - sigma * eps_out)
         eps_hat = alpha**2 * eps_out + sigma * (z - alpha * x_out)  # = (z - α x̂) / σ
@@ -151,8 +152,8 @@ def weighted_loss(model, x_target, z, t, weighting):
 
 # ---- 4. Sampling: how do predictions become an image? ----------------------------------------
 # The probability-flow ODE (Equation 6) takes the noise away: dz = x̂ dα + ε̂ dσ.
-# DDIM is its Euler step (Appendix B): hold x̂ and ε̂, move α and σ. The ancestral sampler is no
-# ODE: it draws z_s from the posterior as if x̂ were exact (Section 2).
+# DDIM is its Euler step (Appendix B): hold x̂ and ε̂, move α and σ. The ancestral sampler does
+# not solve the ODE: it draws z_s from the posterior as if x̂ were exact (Section 2).
 
 SAMPLERS = ("ddim", "ancestral")
 
@@ -165,7 +166,7 @@ def ancestral_step(x_hat, z, t, s, variance_interpolation=1.0):
     """A draw of z_s, (B, *dims), from the posterior q(z_s | z_t = z, x = x̂). Equations 3 to 5.
 
     variance_interpolation: 0 is the lower bound of the posterior's variance, 1 the upper one.
-    Between them its logarithm is interpolated. Both bounds add noise.
+    Between them its logarithm is interpolated. Noise is added even at 0.
     """
     alpha_t, sigma_t = alpha_sigma_for(z, t)
     alpha_s, sigma_s = alpha_sigma_for(z, s)
@@ -206,9 +207,10 @@ def sample(model, z, steps, sampler="ddim", clip=False, variance_interpolation=1
 #     x̃ = (z_s - (σ_s/σ_t) z_t) / (α_s - (σ_s/σ_t) α_t)
 # Divided by σ, a DDIM step reads z_s/σ_s = z_t/σ_t + (α_s/σ_s - α_t/σ_t) x̂. So steps add up,
 # and x̃ is the mean of what the teacher predicts on its way, weighted by how much α/σ grows.
-# The code uses this form: at N = 4096 its float32 error is 4.9e-7, the printed one's 1.5e-3.
-# Given z_t, x̃ has no variance: a student's loss can reach zero, a denoiser's can't. And x̃ is
-# sharp where the step ends near the data, for there the teacher has decided on one image.
+# The code uses this form: at N = 4096 its float32 error is 4.9e-7, and that of the formula
+# above 1.5e-3. x̃ is a function of z_t and the teacher alone, so a student's loss can reach
+# zero, while a denoiser's can't. And x̃ is sharp where the step ends near the data, because
+# there the teacher's prediction has settled on one image.
 
 @torch.no_grad()
 def distill_target(teacher, z, t, s, substeps=2):
@@ -224,6 +226,7 @@ def distill_target(teacher, z, t, s, substeps=2):
         alpha, sigma = alpha_sigma_for(z, time)
         return alpha / sigma
 
+    # In this form the last time is exactly s.
     times = [(t * (substeps - i) + s * i) / substeps for i in range(substeps + 1)]
     weighted_sum = torch.zeros_like(z)
     for start, end in itertools.pairwise(times):
@@ -233,19 +236,23 @@ def distill_target(teacher, z, t, s, substeps=2):
     return weighted_sum / (alpha_over_sigma(s) - alpha_over_sigma(t))
 
 def sample_times(num, device, steps=None):
-    """(num,) times to train at, in (0, 1], stratified: one in each of `num` equal parts.
+    """(num,) times to train at, in (0, 1]: one in each of `num` equal parts, evenly spaced.
 
     A student's sampler visits only t = 1/N, 2/N, ..., 1, where N = steps. These are the times
     that it trains at (Algorithm 2).
     """
+    offset = torch.rand(1, device=device)  # the same for all parts
     parts = torch.arange(num, device=device) / num
-    t = 1 - (torch.rand(1, device=device) + parts) % 1
+    t = 1 - (parts + offset) % 1
     if steps is None:
         return t
     return torch.ceil(t * steps) / steps
 
 def training_loss(model, x, eps, t, weighting, teacher=None, steps=None, substeps=2):
-    """The mean loss of a batch: Algorithm 1, or, with a teacher, Algorithm 2 for N = steps."""
+    """The mean loss of a batch: Algorithm 1, or, with a teacher, Algorithm 2 for N = steps.
+
+    x, eps: (B, *dims); t: (B,), from sample_times.
+    """
     alpha, sigma = alpha_sigma_for(x, t)
     z = alpha * x + sigma * eps
     if teacher is None:
@@ -255,11 +262,11 @@ def training_loss(model, x, eps, t, weighting, teacher=None, steps=None, substep
     return weighted_loss(model, target, z, t, weighting).mean()
 
 def distill(teacher, steps, final_steps, train_student, substeps=2):
-    """Algorithm 2: halve the sampling steps again and again. Yields (steps, student).
+    """Algorithm 2: divide the sampling steps by `substeps` again and again, down to final_steps.
 
-    train_student(student, teacher, steps) trains the student in place.
+    Yields (steps, student). train_student(student, teacher, steps) trains a student in place.
     """
-    while steps > final_steps:
+    while steps >= substeps * final_steps:
         steps = steps // substeps
         student = copy.deepcopy(teacher)  # a student starts as a copy of its teacher
         train_student(student, teacher, steps)
@@ -267,20 +274,24 @@ def distill(teacher, steps, final_steps, train_student, substeps=2):
         teacher = student  # and becomes the next teacher
 
 # ---- 6. Settings: all that can be chosen -----------------------------------------------------
-# Every field below is a flag of the command line, and its comment is the help. The defaults are
-# those of the digits; PRESETS has others.
+# Every field is a flag of the command line, its comment is the help, and the docstring of its
+# class a heading there. The defaults are those of the digits; PRESETS has others.
 
 @dataclasses.dataclass
 class TeacherSettings:
-    """What only the teacher needs, and the network"""
+    """The teacher"""
 
+    seed: int = 0  # another seed gives another run, or with --sample other images
+    flip: bool = False  # mirror half of the images
     param: str = "v"  # what the network predicts: v, eps, x or both
+    weighting: str = None  # of the x-error: truncated, snr+1, snr (default for eps), constant
+    batch_size: int = 64  # images per update, of all processes together
     width: int = 32  # channels of the network at its first level
     mults: tuple = (1, 2)  # the width of each level, as a multiple of the first
     blocks: int = 1  # residual blocks per level
-    attention: tuple = ()  # down-sampling factors (1, 2, 4, ...) of the levels with attention
+    attention: tuple = ()  # levels with attention: 1 is the first, 2 has half its size, 4 a quarter
     patch: int = 1  # squares of this size become channels, at patch^2 times less cost
-    dropout: float = 0.3  # against learning the images by heart
+    dropout: float = 0.3  # keeps the network from memorizing the images; not for students
     teacher_updates: int = 1500  # optimizer updates
     lr: float = 2e-3  # learning rate
     warmup: int = 100  # the first updates, in which the learning rate rises
@@ -289,18 +300,14 @@ class TeacherSettings:
 
 @dataclasses.dataclass
 class Settings(TeacherSettings):
-    """What makes the models"""
+    """Its students, who share the settings above unless said otherwise"""
 
-    seed: int = 0  # another seed gives another run, or with --sample other images
-    flip: bool = False  # mirror half of the images
-    weighting: str = None  # of the x-error: truncated, snr+1, snr (default for eps), constant
-    batch_size: int = 64  # images per update, of all processes together
-    stages: int = 8  # how often to distill
+    stages: int = 8  # number of distillation rounds
     final_steps: int = 1  # sampling steps of the last student
     substeps: int = 2  # steps of the teacher in one step of the student
     student_updates: int = 180  # optimizer updates of a student; twice as many for 1 and 2 steps
     student_lr: float = 6e-4  # learning rate of a student at its start; it falls to 0
-    early: float = 0.4  # the part of both that a student of more than 16 steps gets
+    early: float = 0.4  # students of more than 16 steps get this part of updates and rate
 
     def __post_init__(self):
         self.mults = tuple(self.mults)
@@ -309,7 +316,7 @@ class Settings(TeacherSettings):
             self.weighting = "snr" if self.param == "eps" else "truncated"
         check_numbers(self)
         if self.stages > 13 or self.first_steps > 8192:
-            raise ValueError("--final-steps x --substeps^stages is over 8,192, the paper's most")
+            raise ValueError("--final-steps x --substeps^stages must be at most 8192")
 
     @property
     def first_steps(self):
@@ -317,19 +324,20 @@ class Settings(TeacherSettings):
         return self.final_steps * self.substeps**self.stages
 
     def plan(self, steps):
-        """(name, updates, learning rate) of the model with so many sampling steps."""
-        name, updates, lr = f"student-{steps}", self.student_updates, self.student_lr
+        """(name, updates, learning rate) of the model with this many sampling steps."""
         if steps == self.first_steps:
             return "teacher", self.teacher_updates, self.lr
+        name, updates, lr = f"student-{steps}", self.student_updates, self.student_lr
         if steps > 16:  # it starts close to its target and needs little
-            return name, math.ceil(self.early * updates), self.early * lr
+            updates = math.ceil(self.early * updates)
+            lr = self.early * lr
         if steps <= 2:  # as in Section 5
-            return name, 2 * updates, lr
+            updates = 2 * updates
         return name, updates, lr
 
 @dataclasses.dataclass
 class Options:
-    """What does not change the models"""
+    """Where and how to compute"""
 
     out: str = None  # folder of the run; with --sample a .png file or a new folder
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or mps
@@ -338,21 +346,21 @@ class Options:
 
 @dataclasses.dataclass
 class RunOptions(Options):
-    """For a run"""
+    """A run"""
 
     dataset: str = "digits"  # digits, mnist, fashion-mnist, cifar10 or a folder of images
     data_dir: str = "data"  # where downloads are kept
     size: int = None  # resize and crop the images to squares of this size
     preset: str = None  # other defaults; without it, those that fit the images and the device
-    teacher: str = None  # teacher.pt of another run to distill, instead of training one
+    teacher: str = None  # a teacher.pt to distill, instead of training one
     restart: bool = False  # overwrite the run in --out
     eval_samples: int = 128  # images of each model to evaluate
 
 @dataclasses.dataclass
 class SampleOptions(Options):
-    """To draw images from a model, instead of a run"""
+    """Sampling, instead of a run"""
 
-    sample: str = None  # its file
+    sample: str = None  # checkpoint to sample from
     num: int = 64  # how many images
     steps: int = None  # sampling steps; without it, those that the model was made for
     sampler: str = "ddim"  # ddim or ancestral
@@ -367,7 +375,7 @@ def check_numbers(settings):
         flag = flag_of(name)
         if type(value) is int and value < least:
             raise ValueError(f"{flag} must be at least {least}, not {value}")
-        if type(value) is tuple and min(value, default=1) < 1:
+        if type(value) is tuple and any(number < 1 for number in value):
             raise ValueError(f"{flag} must be numbers of at least 1, not {value}")
         if type(value) is float and not 0 <= value <= 1:  # NaN, too
             raise ValueError(f"{flag} must be from 0 to 1, not {value}")
@@ -484,13 +492,15 @@ class UNet(nn.Module):
         def res_block(width_in, width_out, attend):
             return ResBlock(width_in, width_out, emb_width, settings.dropout, attend)
 
-        # Down: each level is entered through a convolution. All outputs are kept for the way up.
+        # Down: each level begins with a convolution. All outputs are kept for the way up.
         self.enter, self.down = nn.ModuleList(), nn.ModuleList()
-        now = width  # the width here
+        now = width  # the width at this point
         kept = []  # the widths of what is kept
         for level, level_width in enumerate(widths):
-            enter = conv3x3(now, now, stride=2) if level else conv3x3(channels, now)
-            self.enter.append(enter)
+            if level == 0:
+                self.enter.append(conv3x3(channels, now))
+            else:
+                self.enter.append(conv3x3(now, now, stride=2))
             kept.append(now)
             blocks = nn.ModuleList()
             for _ in range(settings.blocks):
@@ -499,29 +509,33 @@ class UNet(nn.Module):
                 kept.append(now)
             self.down.append(blocks)
 
+        # The middle has attention if any level has.
         self.middle = nn.ModuleList(
             [res_block(now, now, bool(attention)), res_block(now, now, False)]
         )
 
-        # Up: each block takes an output that was kept. Each level is left through a convolution.
-        self.up, self.leave = nn.ModuleList(), nn.ModuleList()
+        # Up: each block takes an output that was kept. Each level but the last is enlarged.
+        self.up, self.enlarge = nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(len(widths))):
             blocks = nn.ModuleList()
             for _ in range(settings.blocks + 1):
                 blocks.append(res_block(now + kept.pop(), widths[level], 2**level in attention))
                 now = widths[level]
             self.up.append(blocks)
-            if level > 0:
-                upsample = nn.Upsample(scale_factor=2)
-                self.leave.append(nn.Sequential(upsample, conv3x3(now, widths[level - 1])))
+            if level == 0:
+                self.enlarge.append(nn.Identity())
+            else:
+                convolution = conv3x3(now, widths[level - 1])
+                self.enlarge.append(nn.Sequential(nn.Upsample(scale_factor=2), convolution))
                 now = widths[level - 1]
         last = zero_init(conv3x3(now, channels_out))
-        self.leave.append(nn.Sequential(group_norm(now), nn.SiLU(), last))
+        self.output = nn.Sequential(group_norm(now), nn.SiLU(), last)
 
     def encode(self, z, t):
         """The first half: (bottleneck, outputs that are kept, embedding of t)."""
         H, W = z.shape[-2:]
         emb = self.embed_time(time_features(t))
+        # -W % multiple is what W lacks to the next multiple.
         h = F.pad(z, (0, -W % self.multiple, 0, -H % self.multiple))
         h = F.pixel_unshuffle(h, self.patch).contiguous(memory_format=torch.channels_last)
         kept = []
@@ -539,11 +553,11 @@ class UNet(nn.Module):
         H, W = z.shape[-2:]
         with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bfloat16):
             h, kept, emb = self.encode(z, t)
-            for blocks, leave in zip(self.up, self.leave):
+            for blocks, enlarge in zip(self.up, self.enlarge):
                 for block in blocks:
                     h = block(torch.cat([h, kept.pop()], dim=1), emb)
-                h = leave(h)
-            out = F.pixel_shuffle(h, self.patch)[..., :H, :W]
+                h = enlarge(h)
+            out = F.pixel_shuffle(self.output(h), self.patch)[..., :H, :W]
         # Outside, all is float32 and contiguous, so that torch.compile sees one kind of input.
         return out.to(z.dtype).contiguous()
 
@@ -605,7 +619,7 @@ def load_folder(folder):
     files = {os.path.realpath(path): path for path in paths if os.path.isfile(path)}
     if len(files) < 2:
         names = ", ".join(["digits", *TORCHVISION])
-        raise ValueError(f"{folder} is neither a folder of images nor one of {names}")
+        raise ValueError(f"{folder} is no folder with 2 images or more, nor one of {names}")
     damaged = []
     for path in tqdm(files.values(), "loading", leave=False, disable=None):
         try:
@@ -616,7 +630,7 @@ def load_folder(folder):
         raise ValueError(f"{len(damaged)} files can't be read, remove them: {'; '.join(damaged)}")
 
 def open_image(path):
-    """An image as a person sees it: upright, and on white where it is transparent."""
+    """An RGB image as viewers show it: upright, and on white where it is transparent."""
     image = ImageOps.exif_transpose(Image.open(path))
     if image.mode[0] in "IF":
         raise ValueError("more than 8 bits a channel")
@@ -626,11 +640,14 @@ def open_image(path):
     return image.convert("RGB")
 
 # ---- 9. Training: one loop for the teacher and for every student -----------------------------
+# A student differs from a teacher in five things: the target, the times t, the learning rate,
+# no dropout and no moving average of its weights.
 # All random numbers of an update follow from (seed, steps, update). So a stopped run continues
-# as if it had not been stopped, and several processes can share out one batch: each draws all
-# of it and takes its part.
+# as if it had not been stopped, and several processes can split one batch: each draws all of
+# it and takes its part. (Only dropout's masks are not those of one process.)
 
-WEIGHTS, SAMPLES, REAL_IMAGES = 10_000, 10_001, 10_002  # for set_seed: no run has so many steps
+# Purposes for set_seed besides training, whose purpose is the number of steps, at most 8192.
+WEIGHTS, SAMPLES, REAL_IMAGES = 10_000, 10_001, 10_002
 
 def set_seed(seed, purpose, number):
     """Seed torch with three whole numbers."""
@@ -684,6 +701,7 @@ class Training:
 
     def __init__(self, model, is_student):
         self.model = model
+        # A student's learning rate falls to 0, so its last weights need no averaging.
         self.average = model if is_student else copy.deepcopy(model)
         self.optimizer = torch.optim.Adam(model.parameters(), fused=True)
         self.updates = 0  # done so far
@@ -691,20 +709,16 @@ class Training:
         self.log = []
 
     def state_dict(self):
-        return {
-            "model": self.model.state_dict(),
-            "average": self.average.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "updates": self.updates,
-            "seconds": self.seconds,
-            "log": self.log,
-        }
+        state = {"updates": self.updates, "seconds": self.seconds, "log": self.log}
+        for name in ("model", "average", "optimizer"):
+            state[name] = getattr(self, name).state_dict()
+        return state
 
     def load_state_dict(self, state):
-        for name in ("model", "average", "optimizer"):
-            getattr(self, name).load_state_dict(state[name])
         for name in ("updates", "seconds", "log"):
             setattr(self, name, state[name])
+        for name in ("model", "average", "optimizer"):
+            getattr(self, name).load_state_dict(state[name])
 
     @torch.no_grad()
     def update_average(self, ema):
@@ -717,6 +731,7 @@ class Training:
         """The average is the result. What only training needs goes, to keep files small."""
         self.model.load_state_dict(self.average.state_dict())
         self.average = self.model
+        self.optimizer.zero_grad()
         self.optimizer.state.clear()
         self.model.eval()
 
@@ -724,7 +739,7 @@ def training_loop(training, data, updates, lr, settings, teacher=None, steps=Non
     """Algorithm 1, or with a teacher Algorithm 2. Yields (loss, gradient norm) per update."""
     model, optimizer = training.model, training.optimizer
     is_student = teacher is not None
-    model.train(not is_student)  # dropout is for Algorithm 1 only
+    model.train(not is_student)  # students need no dropout (Section 5)
     if world_size() > 1:
         model = nn.parallel.DistributedDataParallel(model)
     while training.updates < updates:
@@ -780,7 +795,7 @@ def generate(model, num, shape, steps, sampler="ddim", seed=0, device="cpu", cli
 
 @torch.no_grad()
 def features(net, images, device="cpu", t=0.1):
-    """(N, D): the UNet's bottleneck, averaged over space, for uint8 images dimmed as at t."""
+    """(N, D): a UNet's bottleneck, averaged over space, for uint8 images scaled by α_t."""
     alpha, _ = alpha_sigma(t)
     chunks = []
     for chunk in images.split(CHUNK):
@@ -808,6 +823,7 @@ def evaluate(models, images, num, seed=0, device="cpu"):
     teacher = models[first]
     with private_random_numbers():
         set_seed(seed, REAL_IMAGES, 0)
+        # Ten times as many as are drawn: the statistics of real images should be the better ones.
         some = torch.randperm(len(images))[: 10 * num].to(images.device)
     real = features(teacher.net, images[some], device)
     drawn = {}
@@ -819,18 +835,21 @@ def evaluate(models, images, num, seed=0, device="cpu"):
     rows = []
     print("Fréchet distances in the teacher's features; drift: RMSE to the teacher's images")
     for steps, model in models.items():
-        row = {"steps": steps}
-        row["distilled"] = distance(f"student, {steps}", model, steps)
-        row["ddim"] = distance(f"teacher, {steps}", teacher, steps)
-        row["ancestral"] = distance("ancestral", teacher, steps, "ancestral")
-        change = to_float(drawn[f"student, {steps}"]) - to_float(drawn[f"teacher, {first}"])
+        ddim = distance(f"teacher, {steps}", teacher, steps)
+        ancestral = distance("ancestral", teacher, steps, "ancestral")
+        label, distilled = f"teacher, {steps}", ddim
+        if model is not teacher:
+            label = f"student, {steps}"
+            distilled = distance(label, model, steps)
+        change = to_float(drawn[label]) - to_float(drawn[f"teacher, {first}"])
+        row = {"steps": steps, "distilled": distilled, "ddim": ddim, "ancestral": ancestral}
         row["drift"] = change.square().mean().sqrt().item()
         rows.append(row)
         print("  ".join(f"{name} {value:<8.4g}" for name, value in row.items()), flush=True)
     return rows, drawn
 
 def image_grid(images, columns):
-    """uint8 array (H, W, 3): the images side by side, enlarged smoothly if below 16 pixels."""
+    """uint8 array (H, W, 3): images (N, C, H, W) in rows, enlarged smoothly below 16 pixels."""
     if max(images.shape[2:]) < 16:
         images = F.interpolate(images.float(), scale_factor=8, mode="bicubic")
         images = images.clamp(0, 255).round().byte()
@@ -867,7 +886,6 @@ SAVE_EVERY = 60  # seconds
 @contextlib.contextmanager
 def whole_file(path):
     """A file to write, which appears at `path` only when it is complete."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     with open(part, "wb") as file:
         yield file
@@ -879,6 +897,8 @@ def load_checkpoint(path):
     """(what the file holds, its Settings). Raises ValueError for any other file."""
     with one_line_error(f"{path} is damaged, or no checkpoint of pd.py"):
         checkpoint = torch.load(path, "cpu", weights_only=True)
+        for name in ("shape", "images", "steps", "updates", "average"):
+            checkpoint[name]  # a KeyError is for now, not for later
         return checkpoint, Settings(**checkpoint["settings"])
 
 def load_model(path):
@@ -914,6 +934,10 @@ def is_fast_in_bfloat16(device):
     has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device == "cpu" and has_instructions
 
+def is_finished_teacher(checkpoint, settings):
+    is_teacher = checkpoint["steps"] == settings.first_steps
+    return is_teacher and checkpoint["updates"] == settings.teacher_updates
+
 class Run:
     """A teacher and its students, trained in turn, each kept in a file of the folder `out`."""
 
@@ -930,13 +954,12 @@ class Run:
             "images": f"{len(images)} with checksum {zlib.crc32(images.numpy()):x}",
         }
 
-    def check(self, path):
-        """Raises ValueError if a checkpoint does not belong to this run. Is it a teacher's?"""
+    def check(self, path, advice):
+        """Raises ValueError if a checkpoint was made with other settings than this run's."""
         checkpoint, settings = load_checkpoint(path)
-        is_teacher = checkpoint["steps"] == settings.first_steps
-        is_teacher = is_teacher and checkpoint["updates"] == settings.teacher_updates
-        # A finished teacher may have other students.
-        names = names_of(TeacherSettings if is_teacher else Settings)
+        names = names_of(Settings)
+        if is_finished_teacher(checkpoint, settings):
+            names = names_of(TeacherSettings)  # it may have other students
         found = vars(settings) | checkpoint
         ours = vars(self.settings) | self.about
         different = [
@@ -945,43 +968,38 @@ class Run:
             if found[name] != ours[name]
         ]
         if different:
-            raise ValueError(
-                f"{path} was made with other settings ({'; '.join(different)}): "
-                "give these, or another --out, or --restart to overwrite the run"
-            )
-        return is_teacher
+            raise ValueError(f"{path} was made with {'; '.join(different)}: {advice}")
 
     def open_folder(self):
         """Make sure that the folder holds this run, or none."""
         path = self.out / "teacher.pt"
-        given = self.options.teacher
-        if given:
-            if not self.check(given):
-                raise ValueError(f"{given} is not a teacher, or not completely trained")
-            given = Path(given).read_bytes()
-        if self.options.restart:
-            for name in ("teacher.pt", "student-*.pt", "results.json"):
-                for old in self.out.glob(name):
-                    old.unlink()
-        for old in sorted(self.out.glob("*.pt")):
-            self.check(old)
-        if given and not path.exists():
+        teacher = self.options.teacher
+        if teacher:
+            self.check(teacher, "leave out these flags, and use the same images")
+            teacher = Path(teacher).read_bytes()
+        old_files = [*self.out.glob("teacher.pt"), *self.out.glob("student-*.pt")]
+        for old in old_files:
+            if self.options.restart:
+                old.unlink()
+            else:
+                self.check(old, "use these settings, another --out, or --restart to overwrite")
+        self.out.mkdir(parents=True, exist_ok=True)
+        if teacher and not path.exists():
             with whole_file(path) as file:
-                file.write(given)
-        if given and path.read_bytes() != given:
-            raise ValueError(f"{path} is another teacher: give another --out, or --restart")
+                file.write(teacher)
+        if teacher and path.read_bytes() != teacher:
+            raise ValueError(f"{path} is another teacher: use another --out, or --restart")
 
-    def train(self):
+    def train_all(self):
         """Train the teacher, then distill it. Returns {steps: model}."""
         first = self.settings.first_steps
         teacher = build(self.settings, self.data.shape[1])
-        self.fit(teacher, None, first)
-        stages = distill(
-            teacher, first, self.settings.final_steps, self.fit, self.settings.substeps
-        )
-        return {first: teacher, **dict(stages)}
+        self.train_model(teacher, None, first)
+        final, substeps = self.settings.final_steps, self.settings.substeps
+        students = dict(distill(teacher, first, final, self.train_model, substeps))
+        return {first: teacher} | students
 
-    def fit(self, model, teacher, steps):
+    def train_model(self, model, teacher, steps):
         """Train a model, or do what is left to do for it, and keep it in its file."""
         settings = self.settings
         name, updates, lr = settings.plan(steps)
@@ -995,7 +1013,7 @@ class Run:
 
         student_steps = None if teacher is None else steps
         loop = training_loop(training, self.data, updates, lr, settings, teacher, student_steps)
-        silent = rank() > 0 or None  # None: only without a terminal
+        silent = True if rank() > 0 else None  # None: shown only in a terminal
         bar = tqdm(loop, name, updates, initial=training.updates, leave=False, disable=silent)
         before = saved = time.monotonic()
         recent = []  # losses and gradient norms since the last row of the log
@@ -1025,6 +1043,7 @@ class Run:
     def save(self, path, training, steps):
         if rank() > 0:
             return
+        (self.out / "results.json").unlink(missing_ok=True)  # it is of other models
         with whole_file(path) as file:
             torch.save(training.state_dict() | self.about | {"steps": steps}, file)
         rows = [row for logged in self.trainings.values() for row in logged.log]
@@ -1037,7 +1056,7 @@ class Run:
         num = self.options.eval_samples
         path = self.out / "results.json"
         if path.exists() and json.loads(path.read_text())["eval_samples"] == num:
-            return
+            return  # finished before
         rows, drawn = evaluate(models, self.data, num, self.settings.seed, self.options.device)
         for row, training in zip(rows, self.trainings.values()):
             row["updates"] = training.updates
@@ -1056,15 +1075,16 @@ def sample_to_file(options, seed):
     is_grid = out.suffix.lower() == ".png"
     if out.suffix and not is_grid:
         raise ValueError(f"--out must end in .png, or be a new folder without a suffix, not {out}")
-    if out.is_dir() or out.exists() and not is_grid:
-        raise ValueError(f"{out} is there already: give a .png file or a new folder")
-    out.parent.mkdir(parents=True, exist_ok=True)
+    if out.is_dir() or (out.exists() and not is_grid):
+        raise ValueError(f"{out} already exists: give a .png file or a new folder")
     model, checkpoint = load_model(options.sample)
+    out.parent.mkdir(parents=True, exist_ok=True)
     shape, own_steps = checkpoint["shape"], checkpoint["steps"]
     settings = Settings(**checkpoint["settings"])
     prepare(model, options, shape)
     steps = options.steps or own_steps
-    if steps != own_steps < settings.first_steps:
+    is_student = own_steps < settings.first_steps
+    if is_student and steps != own_steps:
         print(f"note: this student was made for {own_steps} steps, and is worse with others")
     images = generate(
         model, options.num, shape, steps, options.sampler, seed, options.device, options.clip
@@ -1112,17 +1132,18 @@ def make_parser():
         "device": devices,
         "sampler": SAMPLERS,
     }
-    for settings_class in (RunOptions, Options, Settings, TeacherSettings, SampleOptions):
+    for settings_class in (RunOptions, Options, TeacherSettings, Settings, SampleOptions):
         group = parser.add_argument_group(settings_class.__doc__)
         comments = field_comments(settings_class)
         for name, kind in settings_class.__annotations__.items():
             default = getattr(settings_class, name)
-            how = {"type": kind, "choices": choices.get(name), "metavar": kind.__name__.upper()}
+            flag, text = flag_of(name), f"{comments[name]} [{default}]"
             if kind is bool:
-                how = {"action": argparse.BooleanOptionalAction}
-            if kind is tuple:
-                how = {"type": int, "nargs": "+" if default else "*", "metavar": "INT"}
-            group.add_argument(flag_of(name), help=f"{comments[name]} [{default}]", **how)
+                group.add_argument(flag, help=text, action=argparse.BooleanOptionalAction)
+            elif kind is tuple:
+                group.add_argument(flag, help=text, type=int, nargs="+" if default else "*")
+            else:
+                group.add_argument(flag, help=text, type=kind, choices=choices.get(name))
     return parser
 
 def names_of(*settings_classes):
@@ -1135,24 +1156,17 @@ def chosen(settings_class, given):
     check_numbers(settings)
     return settings
 
-def add_defaults(given, images):
-    """To the flags that are given: those of a preset, or of the teacher to distill."""
-    if "teacher" in given:
-        _, settings = load_checkpoint(given["teacher"])
-        return vars(settings) | PRESETS.get(given.get("preset"), {}) | given
+def preset_for(images, device):
+    """The name of the preset that fits."""
     _, channels, H, W = images.shape
     if max(H, W) <= 16:
-        preset = "digits"
-    elif max(H, W) <= 32 and channels == 1:
-        preset = "mnist"
-    elif chosen(Options, given).device == "cpu":
-        preset = "cifar10-cpu"
-    else:
-        preset = "cifar10"
-    return PRESETS[given.get("preset", preset)] | given
+        return "digits"
+    if max(H, W) <= 32 and channels == 1:
+        return "mnist"
+    return "cifar10-cpu" if device == "cpu" else "cifar10"
 
 def start(given):
-    """Do what the flags say."""
+    """Do what the given flags say; the rest comes from a teacher, a preset or the defaults."""
     sampling = "sample" in given
     useful = names_of(RunOptions, Settings)
     if sampling:
@@ -1160,15 +1174,22 @@ def start(given):
     for name in given:
         if name not in useful:
             word = "with" if sampling else "without"
-            raise ValueError(f"{flag_of(name)} has no use {word} --sample")
+            raise ValueError(f"{flag_of(name)} cannot be used {word} --sample")
+    if "teacher" in given:
+        if "preset" in given:
+            raise ValueError("--preset cannot be used with --teacher, which has settings")
+        checkpoint, settings = load_checkpoint(given["teacher"])
+        if not is_finished_teacher(checkpoint, settings):
+            raise ValueError(f"{given['teacher']} is not a teacher, or not completely trained")
+        given = vars(settings) | given
     options = chosen(SampleOptions if sampling else RunOptions, given)
-    settings = chosen(Settings, given)  # wrong numbers are found before anything is downloaded
-    if "WORLD_SIZE" in os.environ:  # torchrun has started several processes, one for each card
+    settings = chosen(Settings, given)  # finds wrong numbers before anything is downloaded
+    if dist.is_torchelastic_launched():  # torchrun has started several processes
         if options.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
     if rank() > 0:
-        sys.stdout = open(os.devnull, "w")  # the first process speaks for all
+        sys.stdout = open(os.devnull, "w")  # the first process prints for all
     if sampling:
         if rank() == 0:
             sample_to_file(options, settings.seed)
@@ -1177,7 +1198,8 @@ def start(given):
     if rank() > 0:
         dist.barrier()  # the first process downloads the data and prepares the folder
     images = load_dataset(options.dataset, options.data_dir, options.size)
-    given = add_defaults(given, images)
+    preset = options.preset or preset_for(images, options.device)
+    given = PRESETS[preset] | given
     settings = chosen(Settings, given)
     if settings.batch_size % world_size():
         raise ValueError(f"--batch-size must be a multiple of {world_size()}, the processes")
@@ -1188,7 +1210,7 @@ def start(given):
         if world_size() > 1:
             dist.barrier()
     print(f"images: {run.about['images']}; steps: {settings.first_steps} -> {settings.final_steps}")
-    models = run.train()
+    models = run.train_all()
     if rank() == 0:
         run.write_results(models)
     print(f"{out} is finished: results.json, samples.png, steps.png")
@@ -1208,7 +1230,7 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     except (RuntimeError, MemoryError) as error:
-        if type(error) is RuntimeError and "memory" not in str(error):
+        if not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise
         parser.error("out of memory: lower --batch-size, --width or --size")
     finally:
