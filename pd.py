@@ -275,7 +275,8 @@ def distill(teacher, steps, final_steps, train_student, substeps=2):
 
 # ---- 6. Settings: all that can be chosen -----------------------------------------------------
 # Every field is a flag of the command line, its comment is the help, and the docstring of its
-# class a heading there. The defaults are those of the digits; PRESETS has others.
+# class a heading there. What is not given on the command line comes from the teacher to distill
+# (--teacher), from a preset, or from the defaults below, which are those of the digits.
 
 @dataclasses.dataclass
 class TeacherSettings:
@@ -289,7 +290,7 @@ class TeacherSettings:
     width: int = 32  # channels of the network at its first level
     mults: tuple = (1, 2)  # the width of each level, as a multiple of the first
     blocks: int = 1  # residual blocks per level
-    attention: tuple = ()  # levels with attention: 1 is the first, 2 has half its size, 4 a quarter
+    attention: tuple = ()  # levels with attention: 1 the first, 2 half its size, 4 a quarter
     patch: int = 1  # squares of this size become channels, at patch^2 times less cost
     dropout: float = 0.3  # keeps the network from memorizing the images; not for students
     teacher_updates: int = 1500  # optimizer updates
@@ -366,15 +367,15 @@ class SampleOptions(Options):
     sampler: str = "ddim"  # ddim or ancestral
     clip: bool = False  # limit every x-hat to [-1, 1]
 
-LEAST = {"seed": 0, "stages": 0, "warmup": 0, "substeps": 2, "eval_samples": 2}
+SMALLEST = {"seed": 0, "stages": 0, "warmup": 0, "substeps": 2, "eval_samples": 2}
 
 def check_numbers(settings):
     """Raises ValueError for a number out of range."""
     for name, value in vars(settings).items():
-        least = LEAST.get(name, 1)
+        smallest = SMALLEST.get(name, 1)
         flag = flag_of(name)
-        if type(value) is int and value < least:
-            raise ValueError(f"{flag} must be at least {least}, not {value}")
+        if type(value) is int and value < smallest:
+            raise ValueError(f"{flag} must be at least {smallest}, not {value}")
         if type(value) is tuple and any(number < 1 for number in value):
             raise ValueError(f"{flag} must be numbers of at least 1, not {value}")
         if type(value) is float and not 0 <= value <= 1:  # NaN, too
@@ -879,6 +880,9 @@ def plot_steps(rows):
     return axes.figure
 
 # ---- 11. A run: its models and its files -----------------------------------------------------
+# Each model is kept in a checkpoint: the model, its moving average, the optimizer, the number
+# of updates done, the log, and the identity of the run (settings, images). The same command
+# loads what is there and trains what is missing. Other settings are refused.
 
 LOG_EVERY = 100  # updates
 SAVE_EVERY = 60  # seconds
@@ -928,13 +932,14 @@ def prepare(model, options, shape):
     return model.to(options.device)
 
 def is_fast_in_bfloat16(device):
-    """Does the hardware compute in bfloat16, or would it only emulate it?"""
+    """Has the hardware instructions for bfloat16, so that it need not emulate it?"""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device == "cpu" and has_instructions
 
 def is_finished_teacher(checkpoint, settings):
+    """Does a checkpoint with these settings hold a teacher that is completely trained?"""
     is_teacher = checkpoint["steps"] == settings.first_steps
     return is_teacher and checkpoint["updates"] == settings.teacher_updates
 
@@ -947,8 +952,8 @@ class Run:
         self.data = images.to(options.device)
         self.out = out
         self.trainings = {}  # by the names of the models
-        # Every checkpoint says how it was made. The images count, not the name of their folder.
-        self.about = {
+        # The images count, not the name of their folder.
+        self.identity = {
             "settings": vars(settings),
             "shape": list(images.shape[1:]),
             "images": f"{len(images)} with checksum {zlib.crc32(images.numpy()):x}",
@@ -961,7 +966,7 @@ class Run:
         if is_finished_teacher(checkpoint, settings):
             names = names_of(TeacherSettings)  # it may have other students
         found = vars(settings) | checkpoint
-        ours = vars(self.settings) | self.about
+        ours = vars(self.settings) | self.identity
         different = [
             f"{name} {found[name]}, not {ours[name]}"
             for name in (*names, "shape", "images")
@@ -1004,7 +1009,7 @@ class Run:
         settings = self.settings
         name, updates, lr = settings.plan(steps)
         path = self.out / f"{name}.pt"
-        prepare(model, self.options, self.about["shape"])
+        prepare(model, self.options, self.identity["shape"])
         training = Training(model, teacher is not None)
         self.trainings[name] = training
         if path.exists():
@@ -1045,7 +1050,7 @@ class Run:
             return
         (self.out / "results.json").unlink(missing_ok=True)  # it is of other models
         with whole_file(path) as file:
-            torch.save(training.state_dict() | self.about | {"steps": steps}, file)
+            torch.save(training.state_dict() | self.identity | {"steps": steps}, file)
         rows = [row for logged in self.trainings.values() for row in logged.log]
         with whole_file(self.out / "log.csv") as file:
             file.write("\n".join(["model,update,loss,grad_norm", *rows, ""]).encode())
@@ -1065,7 +1070,7 @@ class Run:
         for name, figure in figures.items():
             with whole_file(self.out / name) as file:
                 figure.savefig(file, bbox_inches="tight")
-        results = self.about | {"eval_samples": num, "rows": rows}
+        results = self.identity | {"eval_samples": num, "rows": rows}
         with whole_file(path) as file:  # the last file: it says that the run is finished
             file.write(json.dumps(results, indent=1).encode())
 
@@ -1085,7 +1090,7 @@ def sample_to_file(options, seed):
     steps = options.steps or own_steps
     is_student = own_steps < settings.first_steps
     if is_student and steps != own_steps:
-        print(f"note: this student was made for {own_steps} steps, and is worse with others")
+        print(f"note: this student was trained for --steps {own_steps}, and is worse with others")
     images = generate(
         model, options.num, shape, steps, options.sampler, seed, options.device, options.clip
     )
@@ -1105,7 +1110,7 @@ def sample_to_file(options, seed):
 # ---- 12. The command line --------------------------------------------------------------------
 
 def field_comments(settings_class):
-    """{field: the comment behind it}"""
+    """{field: the comment behind it}, from the source code of a class."""
     comments = {}
     for line in inspect.getsource(settings_class).splitlines():
         field, _, comment = line.partition("  # ")
@@ -1147,6 +1152,7 @@ def make_parser():
     return parser
 
 def names_of(*settings_classes):
+    """The names of all fields."""
     return [field.name for kind in settings_classes for field in dataclasses.fields(kind)]
 
 def chosen(settings_class, given):
@@ -1168,11 +1174,11 @@ def preset_for(images, device):
 def start(given):
     """Do what the given flags say; the rest comes from a teacher, a preset or the defaults."""
     sampling = "sample" in given
-    useful = names_of(RunOptions, Settings)
+    allowed = names_of(RunOptions, Settings)
     if sampling:
-        useful = ["seed", *names_of(SampleOptions)]
+        allowed = ["seed", *names_of(SampleOptions)]
     for name in given:
-        if name not in useful:
+        if name not in allowed:
             word = "with" if sampling else "without"
             raise ValueError(f"{flag_of(name)} cannot be used {word} --sample")
     if "teacher" in given:
@@ -1209,7 +1215,7 @@ def start(given):
         run.open_folder()
         if world_size() > 1:
             dist.barrier()
-    print(f"images: {run.about['images']}; steps: {settings.first_steps} -> {settings.final_steps}")
+    print(f"{len(images):,} images; {settings.first_steps} -> {settings.final_steps} steps; in {out}")
     models = run.train_all()
     if rank() == 0:
         run.write_results(models)
