@@ -1,7 +1,7 @@
 """Progressive Distillation for Fast Sampling of Diffusion Models (Salimans & Ho, 2022).
 
     python pd.py                                  # handwritten digits, 256 -> 1 steps, on a CPU
-    python pd.py --dataset cifar10 --stages 8     # the same on CIFAR-10, for a GPU
+    python pd.py --dataset cifar10 --stages 8     # the same on CIFAR-10, better on a GPU
     python pd.py --sample runs/digits/student-1.pt --num 64 --out grid.png
 
 Read it from top to bottom. Parts 1 to 5 are the paper: tensors of any shape, and no files.
@@ -41,8 +41,8 @@ from tqdm import tqdm
 # ---- 1. Schedule: what is z_t? ---------------------------------------------------------------
 # A noisy image is z_t = α_t x + σ_t ε with ε ~ N(0, I). The time t runs from 0 (data) to 1
 # (noise) while (α_t, σ_t) walks a quarter of the unit circle: α² + σ² = 1. This is the
-# variance-preserving cosine schedule (Sections 2 and 4). The paper's ends at α = 0. Here, as in
-# the authors' release, it stops short of both ends: the log-SNR stays in [-20, 20], so that
+# variance-preserving cosine schedule (Sections 2 and 4). In the paper it ends at α = 0. Here, as
+# in the authors' release, it stops short of both ends: the log-SNR stays in [-20, 20], so that
 # nothing is divided by zero.
 
 FIRST_ANGLE = math.atan(math.exp(-10))  # at t = 0; at t = 1 the angle is π/2 - FIRST_ANGLE
@@ -79,7 +79,7 @@ def alpha_sigma_for(z, t):
 # Because z_t = α x + σ ε, ε follows from z_t and x. So in exact arithmetic it does not matter
 # whether the network predicts x, ε or v. In practice it decides how the network's errors are
 # amplified: the x̂ of an ε-network carries σ/α times its error, and that factor is e^10 at
-# t = 1, where a one-step student works (Section 4).
+# t = 1, the only time that a one-step student sees (Section 4).
 
 PARAMS = ("v", "eps", "x", "both")
 
@@ -125,7 +125,7 @@ class Denoiser(nn.Module):
 # ---- 3. Loss weights: which error counts how much? -------------------------------------------
 # Every loss is w(λ_t) ‖x - x̂‖². Because ε - ε̂ = -(α/σ)(x - x̂), the usual ‖ε - ε̂‖² has
 # w = α²/σ² = SNR (Equation 9). At t = 1 that is e^-20, and a one-step student would learn
-# nothing. The paper keeps w ≥ 1.
+# nothing. The first two weightings below, the paper's, keep w ≥ 1.
 
 WEIGHTINGS = {
     "truncated": lambda snr: snr.clamp(min=1),  # the larger of ‖x - x̂‖² and ‖ε - ε̂‖²
@@ -153,7 +153,7 @@ def weighted_loss(model, x_target, z, t, weighting):
 # ---- 4. Sampling: how do predictions become an image? ----------------------------------------
 # The probability-flow ODE (Equation 6) takes the noise away: dz = x̂ dα + ε̂ dσ.
 # DDIM is its Euler step (Appendix B): hold x̂ and ε̂, move α and σ. The ancestral sampler does
-# not solve the ODE: it draws z_s from the posterior as if x̂ were exact (Section 2).
+# not solve the ODE: it adds new noise in each step, as if x̂ were exact (Section 2).
 
 SAMPLERS = ("ddim", "ancestral")
 
@@ -163,10 +163,10 @@ def ddim_step(x_hat, eps_hat, s):
     return alpha * x_hat + sigma * eps_hat
 
 def ancestral_step(x_hat, z, t, s, variance_interpolation=1.0):
-    """A draw of z_s, (B, *dims), from the posterior q(z_s | z_t = z, x = x̂). Equations 3 to 5.
+    """A draw of z_s, (B, *dims), with the mean of q(z_s | z_t = z, x = x̂). Equations 3 to 5.
 
-    variance_interpolation: 0 is the lower bound of the posterior's variance, 1 the upper one.
-    Between them its logarithm is interpolated. Noise is added even at 0.
+    variance_interpolation: 0 takes the variance of q, the lower bound for a reverse step; 1
+    takes the upper bound, with σ_t for σ_s. Between them the logarithm is interpolated.
     """
     alpha_t, sigma_t = alpha_sigma_for(z, t)
     alpha_s, sigma_s = alpha_sigma_for(z, s)
@@ -206,7 +206,7 @@ def sample(model, z, steps, sampler="ddim", clip=False, variance_interpolation=1
 #     α_s x̃ + σ_s (z_t - α_t x̃) / σ_t = z_s
 #     x̃ = (z_s - (σ_s/σ_t) z_t) / (α_s - (σ_s/σ_t) α_t)
 # Divided by σ, a DDIM step reads z_s/σ_s = z_t/σ_t + (α_s/σ_s - α_t/σ_t) x̂. So steps add up,
-# and x̃ is the mean of what the teacher predicts on its way, weighted by how much α/σ grows.
+# and x̃ is a weighted mean of the teacher's predictions; the weight is how much α/σ grows.
 # The code uses this form: at N = 4096 its float32 error is 4.9e-7, and that of the formula
 # above 1.5e-3. x̃ is a function of z_t and the teacher alone, so a student's loss can reach
 # zero, while a denoiser's can't. And x̃ is sharp where the step ends near the data, because
@@ -226,7 +226,6 @@ def distill_target(teacher, z, t, s, substeps=2):
         alpha, sigma = alpha_sigma_for(z, time)
         return alpha / sigma
 
-    # In this form the last time is exactly s.
     times = [(t * (substeps - i) + s * i) / substeps for i in range(substeps + 1)]
     weighted_sum = torch.zeros_like(z)
     for start, end in itertools.pairwise(times):
@@ -238,8 +237,8 @@ def distill_target(teacher, z, t, s, substeps=2):
 def sample_times(num, device, steps=None):
     """(num,) times to train at, in (0, 1]: one in each of `num` equal parts, evenly spaced.
 
-    A student's sampler visits only t = 1/N, 2/N, ..., 1, where N = steps. These are the times
-    that it trains at (Algorithm 2).
+    With steps = N, t is rounded up to one of 1/N, 2/N, ..., 1, the only times that the sampler
+    of a student visits (Algorithm 2).
     """
     offset = torch.rand(1, device=device)  # the same for all parts
     parts = torch.arange(num, device=device) / num
@@ -290,7 +289,7 @@ class TeacherSettings:
     width: int = 32  # channels of the network at its first level
     mults: tuple = (1, 2)  # the width of each level, as a multiple of the first
     blocks: int = 1  # residual blocks per level
-    attention: tuple = ()  # levels with attention: 1 the first, 2 half its size, 4 a quarter
+    attention: tuple = ()  # levels with attention, by their down-sampling factor: 1, 2, 4, ...
     patch: int = 1  # squares of this size become channels, at patch^2 times less cost
     dropout: float = 0.3  # keeps the network from memorizing the images; not for students
     teacher_updates: int = 1500  # optimizer updates
@@ -301,7 +300,7 @@ class TeacherSettings:
 
 @dataclasses.dataclass
 class Settings(TeacherSettings):
-    """Its students, who share the settings above unless said otherwise"""
+    """The students, which share the settings above unless said otherwise"""
 
     stages: int = 8  # number of distillation rounds
     final_steps: int = 1  # sampling steps of the last student
@@ -317,7 +316,7 @@ class Settings(TeacherSettings):
             self.weighting = "snr" if self.param == "eps" else "truncated"
         check_numbers(self)
         if self.stages > 13 or self.first_steps > 8192:
-            raise ValueError("--final-steps x --substeps^stages must be at most 8192")
+            raise ValueError("--final-steps times --substeps^(--stages) must be at most 8192")
 
     @property
     def first_steps(self):
@@ -367,6 +366,9 @@ class SampleOptions(Options):
     sampler: str = "ddim"  # ddim or ancestral
     clip: bool = False  # limit every x-hat to [-1, 1]
 
+def flag_of(name):
+    return "--" + name.replace("_", "-")
+
 SMALLEST = {"seed": 0, "stages": 0, "warmup": 0, "substeps": 2, "eval_samples": 2}
 
 def check_numbers(settings):
@@ -383,17 +385,14 @@ def check_numbers(settings):
         if name in ("lr", "student_lr", "early") and value == 0:
             raise ValueError(f"{flag} must be above 0, or nothing is learned")
 
-def flag_of(name):
-    return "--" + name.replace("_", "-")
-
-ON_CPU = dict(
+SMALL = dict(
     patch=2, mults=(1, 2, 2), attention=(4,), dropout=0.0, lr=1e-3, warmup=300, ema=0.999,
     student_lr=3e-4, eval_samples=256,
 )  # fmt: skip
 PRESETS = {
     "digits": {},
-    "mnist": ON_CPU | dict(teacher_updates=2400, student_updates=300),
-    "cifar10-cpu": ON_CPU | dict(
+    "mnist": SMALL | dict(teacher_updates=2400, student_updates=300),
+    "cifar10-cpu": SMALL | dict(
         flip=True, width=48, teacher_updates=5500, student_updates=800, early=0.25,
     ),
     "cifar10": dict(
@@ -407,7 +406,7 @@ PRESETS = {
 # The UNet of DDPM: residual blocks with GroupNorm, scaled and shifted by the embedding of t,
 # attention at low resolution, skip connections. It is like the paper's (Section 5), but smaller
 # and without BigGAN's resampling inside of residual blocks. The last layer of each block starts
-# at zero, so that the block starts as the identity.
+# at zero, so that at first a block passes on its skip connection only.
 
 TIME_FEATURES = 128  # numbers that describe t to the network
 
@@ -482,7 +481,7 @@ class UNet(nn.Module):
         emb_width = 4 * width
         self.patch = patch
         self.multiple = patch * 2 ** (len(widths) - 1)  # H and W are padded to a multiple of it
-        self.bfloat16 = False
+        self.use_bfloat16 = False  # see prepare
         self.embed_time = nn.Sequential(
             nn.Linear(TIME_FEATURES, emb_width),
             nn.SiLU(),
@@ -494,43 +493,42 @@ class UNet(nn.Module):
             return ResBlock(width_in, width_out, emb_width, settings.dropout, attend)
 
         # Down: each level begins with a convolution. All outputs are kept for the way up.
-        self.enter, self.down = nn.ModuleList(), nn.ModuleList()
-        now = width  # the width at this point
+        self.downsample, self.down = nn.ModuleList(), nn.ModuleList()
         kept = []  # the widths of what is kept
         for level, level_width in enumerate(widths):
             if level == 0:
-                self.enter.append(conv3x3(channels, now))
+                self.downsample.append(conv3x3(channels, width))
             else:
-                self.enter.append(conv3x3(now, now, stride=2))
-            kept.append(now)
+                self.downsample.append(conv3x3(width, width, stride=2))
+            kept.append(width)
             blocks = nn.ModuleList()
             for _ in range(settings.blocks):
-                blocks.append(res_block(now, level_width, 2**level in attention))
-                now = level_width
-                kept.append(now)
+                blocks.append(res_block(width, level_width, 2**level in attention))
+                width = level_width
+                kept.append(width)
             self.down.append(blocks)
 
         # The middle has attention if any level has.
         self.middle = nn.ModuleList(
-            [res_block(now, now, bool(attention)), res_block(now, now, False)]
+            [res_block(width, width, bool(attention)), res_block(width, width, False)]
         )
 
-        # Up: each block takes an output that was kept. Each level but the last is enlarged.
-        self.up, self.enlarge = nn.ModuleList(), nn.ModuleList()
+        # Up: each block takes the last of the outputs that are still kept.
+        self.up, self.upsample = nn.ModuleList(), nn.ModuleList()
         for level in reversed(range(len(widths))):
             blocks = nn.ModuleList()
             for _ in range(settings.blocks + 1):
-                blocks.append(res_block(now + kept.pop(), widths[level], 2**level in attention))
-                now = widths[level]
+                blocks.append(res_block(width + kept.pop(), widths[level], 2**level in attention))
+                width = widths[level]
             self.up.append(blocks)
             if level == 0:
-                self.enlarge.append(nn.Identity())
+                self.upsample.append(nn.Identity())
             else:
-                convolution = conv3x3(now, widths[level - 1])
-                self.enlarge.append(nn.Sequential(nn.Upsample(scale_factor=2), convolution))
-                now = widths[level - 1]
-        last = zero_init(conv3x3(now, channels_out))
-        self.output = nn.Sequential(group_norm(now), nn.SiLU(), last)
+                convolution = conv3x3(width, widths[level - 1])
+                self.upsample.append(nn.Sequential(nn.Upsample(scale_factor=2), convolution))
+                width = widths[level - 1]
+        last = zero_init(conv3x3(width, channels_out))
+        self.output = nn.Sequential(group_norm(width), nn.SiLU(), last)
 
     def encode(self, z, t):
         """The first half: (bottleneck, outputs that are kept, embedding of t)."""
@@ -540,8 +538,8 @@ class UNet(nn.Module):
         h = F.pad(z, (0, -W % self.multiple, 0, -H % self.multiple))
         h = F.pixel_unshuffle(h, self.patch).contiguous(memory_format=torch.channels_last)
         kept = []
-        for enter, blocks in zip(self.enter, self.down):
-            h = enter(h)
+        for downsample, blocks in zip(self.downsample, self.down):
+            h = downsample(h)
             kept.append(h)
             for block in blocks:
                 h = block(h, emb)
@@ -552,30 +550,23 @@ class UNet(nn.Module):
 
     def forward(self, z, t):
         H, W = z.shape[-2:]
-        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.bfloat16):
+        with torch.autocast(z.device.type, torch.bfloat16, enabled=self.use_bfloat16):
             h, kept, emb = self.encode(z, t)
-            for blocks, enlarge in zip(self.up, self.enlarge):
+            for blocks, upsample in zip(self.up, self.upsample):
                 for block in blocks:
                     h = block(torch.cat([h, kept.pop()], dim=1), emb)
-                h = enlarge(h)
+                h = upsample(h)
             out = F.pixel_shuffle(self.output(h), self.patch)[..., :H, :W]
         # Outside, all is float32 and contiguous, so that torch.compile sees one kind of input.
         return out.to(z.dtype).contiguous()
-
-def build(settings, channels):
-    """The Denoiser that the settings describe, with its first weights."""
-    with private_random_numbers():
-        set_seed(settings.seed, WEIGHTS, 0)
-        net = UNet(channels, settings)
-    return Denoiser(net, settings.param).to(memory_format=torch.channels_last)
 
 # ---- 8. Data: uint8 images, all of them in memory --------------------------------------------
 
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
 
 @contextlib.contextmanager
-def one_line_error(message):
-    """Whatever fails inside becomes a ValueError, which the command line shows as one line."""
+def as_value_error(message):
+    """Whatever fails inside becomes a ValueError, which `main` shows as one line."""
     try:
         yield
     except Exception as error:
@@ -595,7 +586,7 @@ def load_dataset(name, data_dir="data", size=None):
         arrays = (load_digits().images * 255 / 16).round().astype(np.uint8)
         images = [Image.fromarray(array) for array in arrays]
     elif name in TORCHVISION:
-        with one_line_error(f"{name} is neither in {data_dir} nor can it be downloaded"):
+        with as_value_error(f"{name} is neither in {data_dir} nor can it be downloaded"):
             dataset = getattr(torchvision.datasets, TORCHVISION[name])(data_dir, download=True)
         images = (image for image, label in dataset)
     else:
@@ -620,7 +611,7 @@ def load_folder(folder):
     files = {os.path.realpath(path): path for path in paths if os.path.isfile(path)}
     if len(files) < 2:
         names = ", ".join(["digits", *TORCHVISION])
-        raise ValueError(f"{folder} is no folder with 2 images or more, nor one of {names}")
+        raise ValueError(f"{folder} is neither a folder with 2 or more images nor one of {names}")
     damaged = []
     for path in tqdm(files.values(), "loading", leave=False, disable=None):
         try:
@@ -640,14 +631,32 @@ def open_image(path):
         image = Image.alpha_composite(white, image.convert("RGBA"))
     return image.convert("RGB")
 
+def random_batch(data, num, flip):
+    """`num` random examples; uint8 images become floats in [-1, 1]. flip: mirror half."""
+    x = data[torch.randint(len(data), (num,), device=data.device)]
+    if x.dtype == torch.uint8:
+        x = to_float(x)
+    if flip:
+        mirrored = torch.rand(num, 1, 1, 1, device=x.device) < 0.5
+        x = torch.where(mirrored, x.flip(-1), x)
+    return x
+
+def to_float(images):
+    """uint8 from 0 to 255 -> float32 from -1 to 1."""
+    return images.float() / 127.5 - 1
+
+def to_uint8(x):
+    """Floats from -1 to 1 -> uint8 from 0 to 255."""
+    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
+
 # ---- 9. Training: one loop for the teacher and for every student -----------------------------
-# A student differs from a teacher in five things: the target, the times t, the learning rate,
-# no dropout and no moving average of its weights.
+# A student differs from a teacher in its target, its times t and its learning rate, and it has
+# neither dropout nor a moving average of its weights.
 # All random numbers of an update follow from (seed, steps, update). So a stopped run continues
 # as if it had not been stopped, and several processes can split one batch: each draws all of
 # it and takes its part. (Only dropout's masks are not those of one process.)
 
-# Purposes for set_seed besides training, whose purpose is the number of steps, at most 8192.
+# Purposes for set_seed. In training it is the steps of a student, at most 8192, or 0.
 WEIGHTS, SAMPLES, REAL_IMAGES = 10_000, 10_001, 10_002
 
 def set_seed(seed, purpose, number):
@@ -667,24 +676,6 @@ def rank():
 
 def world_size():
     return dist.get_world_size() if dist.is_initialized() else 1
-
-def random_batch(data, num, flip):
-    """`num` random examples; uint8 images become floats in [-1, 1]. flip: mirror half."""
-    x = data[torch.randint(len(data), (num,), device=data.device)]
-    if x.dtype == torch.uint8:
-        x = to_float(x)
-    if flip:
-        mirrored = torch.rand(num, 1, 1, 1, device=x.device) < 0.5
-        x = torch.where(mirrored, x.flip(-1), x)
-    return x
-
-def to_float(images):
-    """uint8 from 0 to 255 -> float32 from -1 to 1."""
-    return images.float() / 127.5 - 1
-
-def to_uint8(x):
-    """Floats from -1 to 1 -> uint8 from 0 to 255."""
-    return ((x.clamp(-1, 1) + 1) * 127.5).round().byte()
 
 def learning_rate(lr, update, updates, settings, is_student):
     """The learning rate of an update, counted from 0."""
@@ -729,7 +720,7 @@ class Training:
         torch._foreach_lerp_(averages, list(self.model.parameters()), 1 - rate)
 
     def finish(self):
-        """The average is the result. What only training needs goes, to keep files small."""
+        """The average is the result. What only training needs is dropped, to keep files small."""
         self.model.load_state_dict(self.average.state_dict())
         self.average = self.model
         self.optimizer.zero_grad()
@@ -824,24 +815,25 @@ def evaluate(models, images, num, seed=0, device="cpu"):
     teacher = models[first]
     with private_random_numbers():
         set_seed(seed, REAL_IMAGES, 0)
-        # Ten times as many as are drawn: the statistics of real images should be the better ones.
+        # Up to ten times as many real images, for better statistics.
         some = torch.randperm(len(images))[: 10 * num].to(images.device)
     real = features(teacher.net, images[some], device)
     drawn = {}
 
-    def distance(label, model, steps, sampler="ddim"):
+    def draw_and_measure(label, model, steps, sampler="ddim"):
         drawn[label] = generate(model, num, images.shape[1:], steps, sampler, seed, device)
         return frechet_distance(real, features(teacher.net, drawn[label], device))
 
     rows = []
     print("Fréchet distances in the teacher's features; drift: RMSE to the teacher's images")
     for steps, model in models.items():
-        ddim = distance(f"teacher, {steps}", teacher, steps)
-        ancestral = distance("ancestral", teacher, steps, "ancestral")
-        label, distilled = f"teacher, {steps}", ddim
-        if model is not teacher:
+        ddim = draw_and_measure(f"teacher, {steps}", teacher, steps)
+        ancestral = draw_and_measure("ancestral", teacher, steps, "ancestral")
+        if model is teacher:
+            label, distilled = f"teacher, {steps}", ddim
+        else:
             label = f"student, {steps}"
-            distilled = distance(label, model, steps)
+            distilled = draw_and_measure(label, model, steps)
         change = to_float(drawn[label]) - to_float(drawn[f"teacher, {first}"])
         row = {"steps": steps, "distilled": distilled, "ddim": ddim, "ancestral": ancestral}
         row["drift"] = change.square().mean().sqrt().item()
@@ -880,9 +872,10 @@ def plot_steps(rows):
     return axes.figure
 
 # ---- 11. A run: its models and its files -----------------------------------------------------
-# Each model is kept in a checkpoint: the model, its moving average, the optimizer, the number
-# of updates done, the log, and the identity of the run (settings, images). The same command
-# loads what is there and trains what is missing. Other settings are refused.
+# A checkpoint holds a model, its moving average, its optimizer, the updates and seconds so far,
+# the log, the sampling steps, and the identity of the run (settings and images). The same
+# command loads what is there and trains what is missing. Other settings are refused, except new
+# students for a finished teacher.
 
 LOG_EVERY = 100  # updates
 SAVE_EVERY = 60  # seconds
@@ -899,11 +892,18 @@ def whole_file(path):
 
 def load_checkpoint(path):
     """(what the file holds, its Settings). Raises ValueError for any other file."""
-    with one_line_error(f"{path} is damaged, or no checkpoint of pd.py"):
+    with as_value_error(f"{path} is damaged, or no checkpoint of pd.py"):
         checkpoint = torch.load(path, "cpu", weights_only=True)
         for name in ("shape", "images", "steps", "updates", "average"):
-            checkpoint[name]  # a KeyError is for now, not for later
+            checkpoint[name]  # fails if it is missing
         return checkpoint, Settings(**checkpoint["settings"])
+
+def build(settings, channels):
+    """The Denoiser that the settings describe, with its first weights."""
+    with private_random_numbers():
+        set_seed(settings.seed, WEIGHTS, 0)
+        net = UNet(channels, settings)
+    return Denoiser(net, settings.param).to(memory_format=torch.channels_last)
 
 def load_model(path):
     """(Denoiser, checkpoint) from a file of a run; while a teacher trains, its average.
@@ -926,7 +926,7 @@ def prepare(model, options, shape):
     if compile_net is None:
         has_triton = importlib.util.find_spec("triton") is not None
         compile_net = is_large and has_triton and options.device == "cuda"
-    model.net.bfloat16 = bfloat16
+    model.net.use_bfloat16 = bfloat16
     if compile_net:
         model.net.compile()
     return model.to(options.device)
@@ -964,7 +964,7 @@ class Run:
         checkpoint, settings = load_checkpoint(path)
         names = names_of(Settings)
         if is_finished_teacher(checkpoint, settings):
-            names = names_of(TeacherSettings)  # it may have other students
+            names = names_of(TeacherSettings)  # it may get other students
         found = vars(settings) | checkpoint
         ours = vars(self.settings) | self.identity
         different = [
@@ -976,14 +976,15 @@ class Run:
             raise ValueError(f"{path} was made with {'; '.join(different)}: {advice}")
 
     def open_folder(self):
-        """Make sure that the folder holds this run, or none."""
+        """Refuse a folder that holds another run, and put the given teacher in."""
         path = self.out / "teacher.pt"
         teacher = self.options.teacher
         if teacher:
             self.check(teacher, "leave out these flags, and use the same images")
             teacher = Path(teacher).read_bytes()
-        old_files = [*self.out.glob("teacher.pt"), *self.out.glob("student-*.pt")]
-        for old in old_files:
+        if self.options.restart:
+            (self.out / "results.json").unlink(missing_ok=True)
+        for old in [*self.out.glob("teacher.pt"), *self.out.glob("student-*.pt")]:
             if self.options.restart:
                 old.unlink()
             else:
@@ -1012,22 +1013,24 @@ class Run:
         prepare(model, self.options, self.identity["shape"])
         training = Training(model, teacher is not None)
         self.trainings[name] = training
-        if path.exists():
-            training.load_state_dict(load_checkpoint(path)[0])
+        if path.exists():  # continue a stopped run
+            checkpoint, _ = load_checkpoint(path)
+            training.load_state_dict(checkpoint)
         was_finished = training.updates == updates
 
-        student_steps = None if teacher is None else steps
+        student_steps = None if teacher is None else steps  # a teacher learns at all t
         loop = training_loop(training, self.data, updates, lr, settings, teacher, student_steps)
         silent = True if rank() > 0 else None  # None: shown only in a terminal
         bar = tqdm(loop, name, updates, initial=training.updates, leave=False, disable=silent)
-        before = saved = time.monotonic()
+        last_log = last_save = time.monotonic()
         recent = []  # losses and gradient norms since the last row of the log
         for loss, grad_norm in bar:
             recent.append(torch.stack([loss, grad_norm]))
             finished = training.updates == updates
             if training.updates % LOG_EVERY and not finished:
                 continue
-            loss, grad_norm = torch.stack(recent).mean(0).tolist()  # waits for the GPU
+            # Only here the CPU waits for the GPU, once in a while.
+            loss, grad_norm = torch.stack(recent).mean(0).tolist()
             recent = []
             if not math.isfinite(loss + grad_norm):
                 raise ValueError(
@@ -1037,18 +1040,18 @@ class Run:
             training.log.append(f"{name},{training.updates},{loss:.6g},{grad_norm:.6g}")
             bar.set_postfix(loss=loss)
             now = time.monotonic()
-            training.seconds += now - before
-            before = now
-            if now - saved > SAVE_EVERY and not finished:
+            training.seconds += now - last_log
+            last_log = now
+            if now - last_save > SAVE_EVERY and not finished:
                 self.save(path, training, steps)
-                saved = now
+                last_save = now
         if not was_finished:
             self.save(path, training, steps)
 
     def save(self, path, training, steps):
         if rank() > 0:
             return
-        (self.out / "results.json").unlink(missing_ok=True)  # it is of other models
+        (self.out / "results.json").unlink(missing_ok=True)  # of older models
         with whole_file(path) as file:
             torch.save(training.state_dict() | self.identity | {"steps": steps}, file)
         rows = [row for logged in self.trainings.values() for row in logged.log]
@@ -1090,7 +1093,7 @@ def sample_to_file(options, seed):
     steps = options.steps or own_steps
     is_student = own_steps < settings.first_steps
     if is_student and steps != own_steps:
-        print(f"note: this student was trained for --steps {own_steps}, and is worse with others")
+        print(f"note: this student was trained for --steps {own_steps}; others are worse")
     images = generate(
         model, options.num, shape, steps, options.sampler, seed, options.device, options.clip
     )
@@ -1171,9 +1174,8 @@ def preset_for(images, device):
         return "mnist"
     return "cifar10-cpu" if device == "cpu" else "cifar10"
 
-def start(given):
-    """Do what the given flags say; the rest comes from a teacher, a preset or the defaults."""
-    sampling = "sample" in given
+def check_flags(given, sampling):
+    """Raises ValueError for a flag that would be ignored."""
     allowed = names_of(RunOptions, Settings)
     if sampling:
         allowed = ["seed", *names_of(SampleOptions)]
@@ -1181,9 +1183,14 @@ def start(given):
         if name not in allowed:
             word = "with" if sampling else "without"
             raise ValueError(f"{flag_of(name)} cannot be used {word} --sample")
+
+def start(given):
+    """Do what the given flags say; the rest comes from a teacher, a preset or the defaults."""
+    sampling = "sample" in given
+    check_flags(given, sampling)
     if "teacher" in given:
         if "preset" in given:
-            raise ValueError("--preset cannot be used with --teacher, which has settings")
+            raise ValueError("--preset cannot be used with --teacher, which brings its settings")
         checkpoint, settings = load_checkpoint(given["teacher"])
         if not is_finished_teacher(checkpoint, settings):
             raise ValueError(f"{given['teacher']} is not a teacher, or not completely trained")
@@ -1205,17 +1212,18 @@ def start(given):
         dist.barrier()  # the first process downloads the data and prepares the folder
     images = load_dataset(options.dataset, options.data_dir, options.size)
     preset = options.preset or preset_for(images, options.device)
-    given = PRESETS[preset] | given
+    given = PRESETS[preset] | given  # what is given goes before the preset
     settings = chosen(Settings, given)
     if settings.batch_size % world_size():
-        raise ValueError(f"--batch-size must be a multiple of {world_size()}, the processes")
+        raise ValueError(f"--batch-size must be a multiple of the {world_size()} processes")
     out = Path(options.out or f"runs/{Path(options.dataset).resolve().name}")
     run = Run(settings, chosen(RunOptions, given), images, out)
     if rank() == 0:
         run.open_folder()
         if world_size() > 1:
             dist.barrier()
-    print(f"{len(images):,} images; {settings.first_steps} -> {settings.final_steps} steps; in {out}")
+    steps = f"{settings.first_steps} -> {settings.final_steps} steps"
+    print(f"{len(images):,} images, {steps}, in {out}")
     models = run.train_all()
     if rank() == 0:
         run.write_results(models)
@@ -1238,7 +1246,7 @@ def main(argv=None):
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, MemoryError) and "allocate" not in str(error):
             raise
-        parser.error("out of memory: lower --batch-size, --width or --size")
+        parser.error("out of memory: use smaller images, a smaller batch or a smaller network")
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
