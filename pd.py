@@ -315,8 +315,6 @@ class Settings(TeacherSettings):
         if self.weighting is None:  # ε with truncated SNR diverges (Table 1)
             self.weighting = "snr" if self.param == "eps" else "truncated"
         check_numbers(self)
-        if self.stages > 13 or self.first_steps > 8192:
-            raise ValueError("--final-steps times --substeps^(--stages) must be at most 8192")
 
     @property
     def first_steps(self):
@@ -1197,6 +1195,8 @@ def start(given):
         given = vars(settings) | given
     options = chosen(SampleOptions if sampling else RunOptions, given)
     settings = chosen(Settings, given)  # finds wrong numbers before anything is downloaded
+    if settings.stages > 13 or settings.first_steps > 8192:
+        raise ValueError("--final-steps times --substeps^(--stages) must be at most 8192")
     if dist.is_torchelastic_launched():  # torchrun has started several processes
         if options.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
