@@ -64,7 +64,7 @@ def noisy(x, eps, t):
 
 
 def outputs(x, z, t):
-    """What a network says that thinks x is in z, by parameterization."""
+    """The output of a network that predicts x, by parameterization."""
     alpha, sigma, _ = exact(t, z)
     eps = (z - alpha * x) / sigma
     v = alpha * eps - sigma * x
@@ -99,7 +99,7 @@ def posterior(x, z, t, s, variance_interpolation=1.0):
 
 
 def denoiser(predict):
-    """A model (z, t) -> (x̂, ε̂) of a rule x̂ = predict(z, α, σ)."""
+    """A model (z, t) -> (x̂, ε̂) from a rule x̂ = predict(z, α, σ)."""
 
     def model(z, t):
         alpha, sigma, _ = exact(t, z)
@@ -123,6 +123,9 @@ def two_points(z, alpha, sigma):  # exact for data that are 1 or -1
 warnings.simplefilter("ignore", pytest.PytestUnknownMarkWarning)  # there is no pytest.ini
 exercise = pytest.mark.exercise
 parametrize = pytest.mark.parametrize
+# A new exercise is a line in HINTS, tests marked with its name (a docstring continues the name
+# of a test; the first that fails is shown first), wrong answers in the list above
+# test_wrong_answer_is_graded_with_words_that_lead_to_it, a function with a docstring in pd.py.
 HINTS = {
     "alpha_sigma": "Which angle of the quarter circle has log-SNR 20, which -20?",
     "log_snr": "The log of a square is twice the log; the signal is above, the noise below.",
@@ -137,7 +140,7 @@ HINTS = {
     "sample_times": "One random shift of 0, 1/num, 2/num, ...; a student's sampler visits few t.",
     "training_loss": "What is the target of a teacher? Where does a student's step from t end?",
     "distill": "Do 8 -> 1 on paper: who teaches the student of 2 steps?",
-    "outcome": "All exercises are at work here: first mend the others.",
+    "outcome": "This uses all exercises: fix the others first.",
 }
 NAMES = [name for name in HINTS if name != "outcome"]
 PARAMS = "v", "eps", "x", "both"
@@ -147,7 +150,7 @@ every_shape = parametrize("dims", [(2, 4, 4), (2,), ()], ids=["images", "points"
 
 
 def load(file):
-    """A module of a file like pd.py, which `import` knows nothing of."""
+    """The module of a file like pd.py, outside of `import`."""
     spec = importlib.util.spec_from_file_location("pd", file)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -164,7 +167,7 @@ def module():
 
 @pytest.fixture
 def pd(request, module, monkeypatch):
-    """The file under test. In a test of an exercise all the others are solved."""
+    """The file under test. In the tests of an exercise, all other exercises are solved."""
     torch.manual_seed(0)
     mark = request.node.get_closest_marker("exercise")
     if mark and mark.args != ("outcome",):
@@ -175,9 +178,9 @@ def pd(request, module, monkeypatch):
 
 
 def check(got, expected, what, times=None, rtol=1e-5, atol=1e-9):
-    """Equal but for rounding? The message has the first number that is not."""
+    """Assert equality up to rounding. The message has the first difference."""
     __tracebackhide__ = True
-    assert torch.is_tensor(got), f"{what} is {got}, no tensor: is a `return` missing?"
+    assert torch.is_tensor(got), f"{what} is {got}, not a tensor: is a `return` missing?"
     expected = torch.as_tensor(expected)
     if expected.ndim == 0:
         expected = expected.expand(got.shape)
@@ -244,7 +247,7 @@ def test_log_snr_falls_from_20_to_minus_20(pd):
 @exercise("to_x_eps")
 @parametrize("param", PARAMS)
 def test_to_x_eps_of_a_perfect_network_is_x_and_eps(pd, param):
-    """x first, of which z_t = α_t x + σ_t ε was made"""
+    """those of z_t = α_t x + σ_t ε, x first"""
     x, eps, z = example(3, 4, 4)
     perfect = outputs(x, z, TIMES) | {"both": torch.cat([x, eps], 1)}
     x_hat, eps_hat = pd.to_x_eps(perfect[param], z, TIMES, param)
@@ -253,7 +256,7 @@ def test_to_x_eps_of_a_perfect_network_is_x_and_eps(pd, param):
 
 
 @exercise("to_x_eps")
-def test_to_x_eps_of_both_believes_x_in_the_noise_and_eps_near_the_data(pd):
+def test_to_x_eps_of_both_trusts_x_at_high_noise_and_eps_at_low(pd):
     """x̂ is a mean of x̃, with weight σ², and of what ε̃ says of x; α_t x̂ + σ_t ε̂ = z_t"""
     x_out, eps_out, _ = example(2)
     z = torch.randn_like(x_out)
@@ -279,7 +282,7 @@ def test_network_gets_a_time_for_each_example_in_one_kind_of_tensor(pd, t):
 @parametrize(
     "weighting, param", [("snr", "eps"), ("snr+1", "v"), ("constant", "x")]
 )
-def test_loss_weight_makes_the_loss_of_x_that_of_eps_or_v(pd, weighting, param):
+def test_loss_weight_turns_the_x_loss_into_the_eps_or_v_loss(pd, weighting, param):
     """w ‖x - x̂‖² is ‖ε - ε̂‖² with "snr", ‖v - v̂‖² with "snr+1" """
     x, x_hat, z = example()
     error = outputs(x, z, TIMES)[param] - outputs(x_hat, z, TIMES)[param]
@@ -412,7 +415,7 @@ def test_distill_target_is_what_the_teacher_always_says(pd, value):
 
 @exercise("distill_target")
 @parametrize("substeps", [1, 2, 3, 8])
-def test_distill_target_leads_in_one_step_where_the_teacher_leads(pd, substeps):
+def test_distill_target_lands_in_one_step_where_the_teacher_lands(pd, substeps):
     """a DDIM step with x̃ from z_t ends at the z_s where the teacher's steps end"""
     t = torch.tensor([1.0, 1.0, 0.75, 0.25]).double()
     s = torch.tensor([0.5, 0.0, 0.5, 0.0]).double()
@@ -439,7 +442,7 @@ def test_sample_times_of_a_student_are_those_its_sampler_visits(pd, steps):
     """1/N, 2/N, ..., 1, each as often as the others"""
     t = pd.sample_times(12, "cpu", steps).sort().values
     right = torch.arange(1, steps + 1).repeat_interleave(12 // steps) / steps
-    check(t, right, f"of 12 sorted times for N = {steps}, one", rtol=1e-6)
+    check(t, right, f"one of 12 sorted times for N = {steps}", rtol=1e-6)
 
 
 @exercise("sample_times")
@@ -447,7 +450,7 @@ def test_sample_times_are_uniform_and_one_in_each_part_of_0_to_1(pd):
     """which is divided into `num` equal parts"""
     t = torch.cat([pd.sample_times(4, "cpu").sort().values for _ in range(500)])
     parts = torch.arange(1, 5).repeat(500)
-    check(torch.ceil(4 * t).long(), parts, "of 4 sorted times, the part of one")
+    check(torch.ceil(4 * t).long(), parts, "the part of one of 4 sorted times")
     check(t.sort().values, torch.linspace(0, 1, 2000), "one of 2000 sorted times", atol=0.02)
 
 
@@ -471,19 +474,19 @@ def test_training_loss_of_a_teacher_is_the_weighted_error_of_x(pd):
 
 
 @exercise("training_loss")
-def test_training_loss_of_a_student_knows_nothing_of_the_data(pd):
+def test_training_loss_of_a_student_ignores_the_data(pd):
     """its target is what the teacher says, whatever x is"""
     x = torch.full((4, 2), 0.5)
     t = torch.tensor([0.25, 0.5, 0.75, 1.0])
     says_0, says_2 = always(0.0), always(2.0)
     loss = pd.training_loss(says_0, x, torch.randn(4, 2), t, "constant", says_2, steps=4)
-    check(loss, 4.0, "for data 0.5, a student who says 0 and a teacher who says 2, the loss")
+    check(loss, 4.0, "for data 0.5, student output 0 and teacher output 2, the loss")
 
 
 @exercise("training_loss")
 @parametrize("options, right", [({}, [0.75, 0.625]), ({"substeps": 3}, [0.75, 0.667, 0.583])])
 def test_training_loss_has_a_student_learn_its_own_step(pd, options, right):
-    """its teacher goes from z_t at t to t - 1/N in so many substeps, N = steps"""
+    """the teacher goes from z_t at t to t - 1/N in `substeps` steps, N = steps"""
     x, eps = torch.randn(2, 1, 3)
     t = torch.tensor([0.75])
     teacher = Mock(side_effect=two_points)
@@ -512,7 +515,7 @@ def test_distill_divides_the_steps_by_the_substeps(pd, steps, right):
 
 
 @exercise("distill")
-def test_distill_trains_copies_of_the_teacher_before(pd):
+def test_distill_trains_a_copy_of_each_teacher(pd):
     """and yields them"""
     stages, _ = climb(pd, 8, 1)
     values = [int(model) for _, model in stages]
@@ -521,10 +524,11 @@ def test_distill_trains_copies_of_the_teacher_before(pd):
 
 @exercise("distill")
 def test_distill_makes_the_student_the_next_teacher(pd):
-    """the very model, no copy"""
+    """the model itself, not a copy"""
     stages, calls = climb(pd, 8, 1)
+    assert len(calls) == 3, f"it trains {len(calls)} students from 8 steps to 1, not 3"
     for (_, model), (_, teacher, steps) in zip(stages, calls):
-        assert teacher is model, f"the teacher of the student of {steps} steps is another one"
+        assert teacher is model, f"the {steps}-step student has the wrong teacher"
 
 
 class PointNet(nn.Sequential):
@@ -546,8 +550,8 @@ def ring(num):
 
 @exercise("outcome")
 @pytest.mark.timeout(40)
-def test_outcome_is_a_student_that_does_in_one_step_what_its_teacher_does_in_eight(pd):
-    """on a ring, four times nearer than one step of the teacher"""
+def test_outcome_student_does_in_one_step_what_its_teacher_does_in_eight(pd):
+    """on a ring, four times closer than one step of the teacher"""
     data = ring(2000)
     teacher = pd.Denoiser(PointNet())
     pd.train(teacher, data, 300, batch_size=256, lr=1e-2, ema=0.98)
@@ -559,7 +563,7 @@ def test_outcome_is_a_student_that_does_in_one_step_what_its_teacher_does_in_eig
     z = torch.randn(1000, 2)
     goal = pd.sample(teacher, z, 8)
     off, allowed = [(pd.sample(model, z, 1) - goal).norm() for model in (student, teacher)]
-    assert off < allowed / 4, f"it is off {off / allowed:.2g} times as far as the teacher"
+    assert off < allowed / 4, f"its error is {off / allowed:.2g} times the teacher's"
 
 
 # ---- 1 to 5 together -------------------------------------------------------------------------
@@ -592,7 +596,7 @@ def test_only_targets_and_samples_have_no_gradient(pd):
 @parametrize("dtype", [torch.float32, torch.float64])
 @parametrize("param", PARAMS)
 def test_results_have_the_type_and_device_of_z(pd, param, dtype):
-    """On a pretended GPU, where to mix devices is an error."""
+    """On a fake GPU, where mixing devices is an error."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     with FakeTensorMode():
@@ -614,7 +618,7 @@ Z = torch.ones(4, 2)
     ("sample", (two_points, Z, 0), ["1", "0"]),
     ("distill_target", (two_points, Z, 1.0, 0.5, 0), ["1", "0"]),
 ])  # fmt: skip
-def test_what_is_unknown_is_refused_with_what_would_be_right(pd, name, arguments, right):
+def test_invalid_arguments_are_refused_with_the_valid_ones(pd, name, arguments, right):
     with pytest.raises(ValueError) as error:
         getattr(pd, name)(*arguments)
     assert all(word in str(error.value) for word in right)
@@ -663,7 +667,7 @@ def numbers(model):
 
 
 def unet(pd, channels=1, **options):
-    """A small network of which no layer is zero, as after training."""
+    """A small network with no zero layer, as after training."""
     settings = pd.Settings(**{"width": 8, "attention": (1, 2), **options})
     net = pd.UNet(channels, settings)
     for weight in net.parameters():
@@ -677,8 +681,8 @@ def test_unet_starts_at_zero(pd):
     assert net(torch.randn(2, 1, 8, 8), torch.rand(2)).abs().max() == 0
 
 
-def test_unet_draws_from_the_checkpoints_of_yesterday_what_it_drew(pd):
-    """Of any size. Change the number if the network is meant to change."""
+def test_unet_takes_any_size_and_reads_old_checkpoints_as_before(pd):
+    """Update the number if you change the network on purpose."""
     z = torch.arange(2 * 3 * 9 * 9).sin().reshape(2, 3, 9, 9)
     net = unet(pd, 3, mults=(1, 2, 2), attention=(2,), blocks=2, patch=2, param="both")
     out = net(z, torch.tensor([0.2, 0.7]))
@@ -687,7 +691,7 @@ def test_unet_draws_from_the_checkpoints_of_yesterday_what_it_drew(pd):
 
 
 def test_attention_is_where_it_is_asked_for_and_fits_the_fused_kernels(pd, monkeypatch):
-    """Which take q, k and v with four dimensions: two of the way up, one down, one middle."""
+    """q, k and v have four dimensions: twice on the way up, once down, once in the middle."""
     fused = Mock(side_effect=nn.functional.scaled_dot_product_attention)
     monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", fused)
     unet(pd, attention=(2,))(torch.randn(3, 1, 8, 8), torch.rand(3))
@@ -892,7 +896,7 @@ def test_teacher_ends_as_the_moving_average_of_its_weights(pd):
     check(numbers(model), average, "a weight", atol=1e-6)
 
 
-def test_students_rate_falls_from_the_start_and_it_ends_as_it_is(pd):
+def test_student_rate_falls_from_the_start_and_last_weights_are_kept(pd):
     rows, model = updates_of(pd, teacher=always(2.0), steps=4)
     rates, _, weights = zip(*rows)
     assert rates == approx([0.01 * (1 - n / 61) for n in range(61)])
@@ -932,7 +936,7 @@ def test_training_depends_on_its_seed_steps_and_settings_alone(pd):
 
 
 # ---- 10. Evaluation --------------------------------------------------------------------------
-def test_generate_makes_pixels_of_what_a_model_makes_of_normal_noise(pd, monkeypatch):
+def test_generate_samples_from_normal_noise_and_returns_pixels(pd, monkeypatch):
     """other noise in each chunk and for another seed"""
     monkeypatch.setattr(pd, "CHUNK", 4)
     model = Mock(side_effect=denoiser(lambda z, alpha, sigma: 2 * z))
@@ -945,6 +949,15 @@ def test_generate_makes_pixels_of_what_a_model_makes_of_normal_noise(pd, monkeyp
     assert not torch.equal(images, pd.generate(model, 9, (1, 2, 2), 1, seed=1))
 
 
+def test_generate_passes_steps_sampler_and_clip_on_and_leaves_the_random_state(pd, monkeypatch):
+    draw = Mock(side_effect=pd.sample)
+    monkeypatch.setattr(pd, "sample", draw)
+    state = torch.get_rng_state()
+    pd.generate(two_points, 2, (2,), 3, "ancestral", clip=True)
+    assert draw.call_args.args[2:] == (3, "ancestral", True)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
 @parametrize("sampler", SAMPLERS)
 def test_generate_draws_the_same_first_images_whatever_their_number(pd, monkeypatch, sampler):
     monkeypatch.setattr(pd, "CHUNK", 4)
@@ -953,8 +966,8 @@ def test_generate_draws_the_same_first_images_whatever_their_number(pd, monkeypa
     assert torch.equal(nine[:5], five)
 
 
-def test_features_are_the_means_over_space_of_what_leaves_the_middle(pd, monkeypatch):
-    """of images that are dimmed as at t = 0.1"""
+def test_features_are_the_spatial_means_of_the_bottleneck(pd, monkeypatch):
+    """of images scaled by α_t at t = 0.1"""
     monkeypatch.setattr(pd, "CHUNK", 4)
     net = unet(pd)
     images = torch.randint(256, (6, 1, 8, 8), dtype=torch.uint8)
@@ -973,7 +986,7 @@ def test_frechet_distance_has_the_closed_form_of_normal_distributions(pd):
 
 # ---- 11. A run -------------------------------------------------------------------------------
 TINY = (
-    "--width 8 --teacher-updates 12 --student-updates 6 --stages 2 --batch-size 8 "
+    "--width 8 --teacher-updates 12 --student-updates 5 --stages 2 --batch-size 8 "
     "--eval-samples 30 --device cpu --dropout 0 --no-bfloat16 --dataset"
 ).split()
 MODELS = "teacher", "student-2", "student-1"
@@ -989,7 +1002,7 @@ def command(pd, *flags):
 
 
 def refused(pd, capsys, *flags):
-    """The last line of what wrong input leaves on stderr."""
+    """The last line that wrong input leaves on stderr."""
     assert command(pd, *flags) == 2
     error = capsys.readouterr().err.splitlines()[-1]
     assert error.startswith("pd.py: error: ")
@@ -1036,24 +1049,24 @@ def contents(folder):
     return {file: file.is_dir() or file.read_bytes() for file in folder.rglob("*")}
 
 
-def test_run_keeps_a_teacher_and_students_each_taught_by_the_model_before(pd, ladder):
+def test_run_keeps_a_teacher_and_students_each_taught_by_the_previous_model(pd, ladder):
     run, calls = ladder
     before = None
     for (training, _, updates, *_, teacher, steps), name in zip(calls, MODELS):
         model, checkpoint = pd.load_model(run / f"{name}.pt")
         assert torch.equal(numbers(model), numbers(training.model))
-        assert checkpoint["updates"] == updates == 12
+        assert checkpoint["updates"] == updates == (10 if teacher else 12)
         assert checkpoint["seconds"] > 0
         assert checkpoint["steps"] == (steps or 4)
         assert teacher is before
         before = training.model
 
 
-def test_log_has_the_mean_loss_of_every_so_many_updates(pd, run, folder):
+def test_log_has_the_mean_loss_at_regular_intervals(pd, run, folder):
     """It is the loss that `train` has with the same settings."""
     rows = [line.split(",") for line in (run / "log.csv").read_text().split()]
-    right = [[name, update] for name in MODELS for update in ("5", "10", "12")]
-    assert [row[:2] for row in rows] == [["model", "update"], *right]
+    assert rows[-1][0] == "student-1"
+    assert [row[1] for row in rows] == "update 5 10 12 5 10 5 10".split()
     settings = pd.load_model(run / "teacher.pt")[1]["settings"]
     model = pd.build(pd.Settings(**settings), 1)
     losses = pd.train(model, pd.load_dataset(str(folder)), 12, **settings)
@@ -1079,7 +1092,7 @@ def test_results_compare_a_student_with_the_teacher(pd, run, folder):
         "ddim": distance(draw(teacher, 2)),
         "ancestral": distance(draw(teacher, 2, "ancestral")),
         "drift": change.square().mean().sqrt().item(),
-        "updates": 12,
+        "updates": 10,
         "seconds": checkpoint["seconds"],
     }
     results = json.loads((run / "results.json").read_text())
@@ -1096,7 +1109,7 @@ def test_same_command_changes_nothing_whatever_the_folder_is_called(
         assert contents(copied) == before
 
 
-def test_other_settings_or_images_are_refused_by_name_and_overwrite_if_asked(
+def test_changed_settings_or_images_are_named_and_need_restart(
     pd, folder, copied, capsys
 ):
     before = contents(copied)
@@ -1123,7 +1136,7 @@ def test_teacher_may_have_other_students(pd, run, folder, here, flags):
 def test_run_killed_at_ten_moments_ends_with_the_same_weights(
     pd, run, folder, tmp_path, monkeypatch
 ):
-    """before an update, in a file, before the file is in its place; by Ctrl-C or for good"""
+    """before an update, while saving, before the rename; by Ctrl-C or by exit"""
 
     def count_calls(place, name):
         def call(*arguments, **options):
@@ -1175,11 +1188,8 @@ def test_two_processes_train_the_model_of_one(pd, run, folder, tmp_path):
     assert (one - two).norm() < 1e-5 * one.norm()
 
 
-@parametrize("chunk, most", [(16, 4), (8, 3)], ids=["chunks", "chunks like batches"])
-def test_whole_run_compiles_the_network_four_times_at_most(
-    pd, folder, tmp_path, monkeypatch, chunk, most
-):
-    """With gradients: teacher, student. Without: targets, samples; one if they are of one size."""
+def test_whole_run_compiles_the_network_three_times(pd, folder, tmp_path, monkeypatch):
+    """Gradients of a teacher and of students; no gradients (targets and samples of one size)."""
 
     def backend(graph, inputs):
         graphs.append(graph)
@@ -1189,14 +1199,15 @@ def test_whole_run_compiles_the_network_four_times_at_most(
     torch._dynamo.reset()
     compile_net = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda net: compile_net(net, backend=backend))
-    monkeypatch.setattr(pd, "CHUNK", chunk)
+    monkeypatch.setattr(pd, "CHUNK", 8)
     assert command(pd, *TINY, folder, "--out", tmp_path, "--compile") == 0
-    assert 0 < len(graphs) <= most
+    assert len(graphs) == 3
 
 
 @parametrize("triton, shape, fast", [
     (None, (3, 32, 8), False),
     ("there", (3, 32, 8), True),
+    ("there", (3, 16, 16), False),
 ])  # fmt: skip
 def test_cuda_compiles_for_large_images_where_triton_is(pd, monkeypatch, triton, shape, fast):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: triton)
@@ -1223,14 +1234,6 @@ def test_cuda_trains_and_draws_what_the_cpu_draws(pd, folder, tmp_path, flag):
 
 
 @needs_cuda
-@parametrize("param", PARAMS)
-def test_cuda_results_have_the_type_and_device_of_z(pd, param):
-    z = torch.randn(4, 2, device="cuda")
-    results = everything(pd, z, 0.5, 0.25, param)
-    assert {(x.dtype, x.device) for x in results} == {(z.dtype, z.device)}
-
-
-@needs_cuda
 def test_cuda_has_fast_kernels_for_the_attention(pd):
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -1247,7 +1250,7 @@ def test_cuda_has_fast_kernels_for_the_attention(pd):
     ("--dataset mnist", "neither in data nor can it be downloaded"),
     ("--device tpu", "--device"),
     ("--out damaged", "damaged/teacher.pt is damaged"),
-    ("--out file", "file"),
+    ("--out file", "File exists"),
     ("--teacher missing.pt", "missing.pt is damaged, or no checkpoint"),
     ("--stages 9 --substeps 3", "must be at most 8192"),
     ("--teacher MODEL", "student-2.pt is not a teacher"),
@@ -1315,12 +1318,12 @@ def test_interrupted_sample_leaves_nothing(pd, run, here, monkeypatch, capsys):
     RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"),
     torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
 ])  # fmt: skip
-def test_lack_of_memory_is_one_line(pd, monkeypatch, capsys, error):
+def test_out_of_memory_is_one_line(pd, monkeypatch, capsys, error):
     monkeypatch.setattr(pd, "load_dataset", Mock(side_effect=error))
     assert "out of memory: use smaller" in refused(pd, capsys)
 
 
-def test_mistake_in_pd_itself_is_no_lack_of_memory(pd, monkeypatch):
+def test_bug_in_pd_is_not_called_out_of_memory(pd, monkeypatch):
     monkeypatch.setattr(pd, "load_dataset", Mock(side_effect=NotImplementedError("memory")))
     with pytest.raises(NotImplementedError):
         pd.main([])
@@ -1338,9 +1341,8 @@ def test_notebook_may_run_the_file_with_its_own_stdout(monkeypatch):
 def test_help_explains_every_flag(pd, capsys):
     assert command(pd, "--help") == 0
     text = capsys.readouterr().out
-    flags = re.findall(r"\n  --([\w-]+)(?=.*\s+[a-z-]+ [a-z])", text)
-    names = pd.names_of(pd.Settings, pd.RunOptions, pd.SampleOptions)
-    assert {name.replace("_", "-") for name in names} <= set(flags)
+    for name in pd.names_of(pd.Settings, pd.RunOptions, pd.SampleOptions):
+        assert re.search(rf"\n  {pd.flag_of(name)} .*\s+[a-z-]+ [a-z]", text), name
 
 
 # ---- Classroom kit: hand it out, grade it, hunt the bug --------------------------------------
@@ -1353,7 +1355,7 @@ def write_new(file, text):
 
 
 def text_without(names):
-    """The text of pd.py, of which a student has to write these exercises."""
+    """The text of pd.py with these functions left to be written."""
     lines = SOURCE.splitlines()
     for node in reversed(ast.parse(SOURCE).body):
         if isinstance(node, ast.FunctionDef) and node.name in names:
@@ -1378,7 +1380,7 @@ def graded_by(name):
 
 
 def in_a_process(arguments, file, seconds):
-    """Run pytest where a crash does no harm, for so many seconds at most."""
+    """Run pytest where a crash does no harm, for at most this many seconds."""
     environment = os.environ | {"PD_FILE": str(file), "PYTHONDONTWRITEBYTECODE": "1"}
     command = [sys.executable, "-m", "pytest", *arguments]
     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -1388,7 +1390,7 @@ def in_a_process(arguments, file, seconds):
 def report_on(file, names=HINTS, seconds=10):
     """What pytest reports on these exercises of a file, as JUnit XML.
 
-    An endless loop costs a test so many seconds, and a file twelve times as many.
+    A test may take this many seconds, and a file twelve times as many.
     """
     tests = [test for name in names for test in graded_by(name)]
     report = ElementTree.Element("testsuites")
@@ -1405,7 +1407,7 @@ def report_on(file, names=HINTS, seconds=10):
         if test not in answered:
             suite = ElementTree.SubElement(report, "testsuite", name="no answer")
             case = ElementTree.SubElement(suite, "testcase", classname="test_pd", name=test)
-            words = "no answer: Python crashed, or the time was up"
+            words = "no result: Python crashed, or time ran out"
             ElementTree.SubElement(case, "error", message=words).text = words
     return report
 
@@ -1454,10 +1456,6 @@ def grade(files, junitxml):
             ElementTree.ElementTree(report).write(junitxml / f"{name}.xml", "utf-8")
 
 
-def hint(name):
-    print(HINTS[name])
-
-
 # Mistakes that public code has made, with a symptom that was measured on a ring, with a teacher
 # of 8 steps: exercise, what is in pd.py, what is there instead, words of the failure, symptom, why
 HUNTS = [
@@ -1465,7 +1463,7 @@ HUNTS = [
         "distill_target",
         "weighted_sum / (alpha_over_sigma(s) - alpha_over_sigma(t))",
         "x_hat",
-        "in one step where the teacher leads",
+        "in one step where the teacher lands",
         "Losses look fine; students of 4 and 2 steps are off by 0.028, 0.059, not 0.006, 0.020.",
         "The second prediction is taken for x̃; a DDIM step with it misses the landing.",
     ),
@@ -1499,13 +1497,13 @@ HUNTS = [
         "torch.floor(t * steps) / steps",
         "is 0, not 1",
         "A student of 4 steps is off by 0.012, not 0.006, one of 1 step by 0.39, not 0.05.",
-        "The clock is 0, ..., 1 - 1/N. It never sees t = 1, where its sampler starts.",
+        "Its times are 0, ..., 1 - 1/N, never t = 1, where its sampler starts.",
     ),
     (
         "training_loss",
         "target = distill_target(teacher, z, t, t - 1 / steps, substeps)",
         "target = x",
-        "for data 0.5, a student who says 0",
+        "for data 0.5, student output 0",
         "Losses stay at 0.5, and in one step students are as bad as the teacher: 0.63, 0.64.",
         "x̃ is not used: the student learns the data, whose mean given z is a blur.",
     ),
@@ -1595,7 +1593,7 @@ def test_endless_loop_costs_one_exercise(tmp_path):
     (b"import os; os.abort()", "Python crashed"),
     (b"raise KeyboardInterrupt", "Python crashed"),
 ])  # fmt: skip
-def test_file_that_is_no_pd_has_no_points(tmp_path, text, words):
+def test_broken_file_gets_no_points(tmp_path, text, words):
     file = tmp_path / "mine.py"
     file.write_bytes(text)
     tests, passed, wrong = result_of("ddim_step", report_on(file, ["ddim_step"]), file)
@@ -1708,14 +1706,13 @@ def benchmark(flags):
 
     def show(what, num, job):
         seconds, tflops = speed(job)
-        text = f"{num / seconds:10,.0f} images/s {tflops:8.3g} TFLOP/s, {tflops / best:.0%}"
-        print(f"{what:20}{text}")
+        print(f"{what:20} {num / seconds:,.0f} images/s, {tflops:.3g} TFLOP/s, {tflops / best:.0%}")
 
     def train(**more):
         official.train(model, images, 10, batch_size=settings.batch_size, **more)
 
-    def draw(steps):
-        official.generate(model, official.CHUNK, shape, steps, device=options.device)
+    def draw():
+        official.generate(model, official.CHUNK, shape, 256, device=options.device)
 
     given = vars(official.make_parser().parse_args(flags))
     options = official.chosen(official.RunOptions, given)
@@ -1733,8 +1730,7 @@ def benchmark(flags):
     print(f"best matrix product: {best:.3g} TFLOP/s; shares of it:")
     show("teacher update", 10 * settings.batch_size, train)
     show("student update", 10 * settings.batch_size, lambda: train(teacher=teacher, steps=4))
-    show("sampling, 1 step", official.CHUNK, lambda: draw(1))
-    show("sampling, 256 steps", official.CHUNK, lambda: draw(256))
+    show("sampling, 256 steps", official.CHUNK, draw)
 
 
 def test_benchmark_measures_training_and_sampling(capsys, monkeypatch):
@@ -1743,7 +1739,7 @@ def test_benchmark_measures_training_and_sampling(capsys, monkeypatch):
     monkeypatch.setattr(official, "CHUNK", 2)
     monkeypatch.setitem(globals(), "SQUARE", 8)
     main("benchmark --width 8 --batch-size 4 --device cpu".split())
-    assert re.findall(r"(\d+) images/s", capsys.readouterr().out) == ["80", "80", "4", "4"]
+    assert re.findall(r"(\d+) images/s", capsys.readouterr().out) == ["80", "80", "4"]
 
 
 def seeds():
@@ -1761,9 +1757,7 @@ def seeds():
 
 # ---- Command line of this file ---------------------------------------------------------------
 def main(argv):
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(dest="command", required=True)
     command = commands.add_parser("handout")
     command.add_argument("file")
@@ -1781,9 +1775,11 @@ def main(argv):
     if argv[:1] == ["benchmark"]:
         return benchmark(argv[1:])
     arguments = vars(parser.parse_args(argv))
-    function = globals()[arguments.pop("command")]
+    name = arguments.pop("command")
+    if name == "hint":
+        return print(HINTS[arguments["name"]])
     try:
-        function(**arguments)
+        globals()[name](**arguments)
     except (OSError, ValueError) as error:
         parser.error(str(error))
 
