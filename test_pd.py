@@ -1342,7 +1342,7 @@ def test_help_explains_every_flag(pd, capsys):
     assert command(pd, "--help") == 0
     text = capsys.readouterr().out
     for name in pd.names_of(pd.Settings, pd.RunOptions, pd.SampleOptions):
-        assert re.search(rf"\n  {pd.flag_of(name)} .*\s+[a-z-]+ [a-z]", text), name
+        assert re.search(rf"\n  {pd.flag_of(name)}\b.*\s+[a-z-]+ [a-z]", text), name
 
 
 # ---- Classroom kit: hand it out, grade it, hunt the bug --------------------------------------
