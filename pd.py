@@ -31,11 +31,8 @@ import torch
 import torch.distributed as dist
 import torch.nn as nn
 import torch.nn.functional as F
-import torchvision
 from matplotlib.figure import Figure
 from PIL import Image, ImageOps
-from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.utils import make_grid, save_image
 from tqdm import tqdm
 
 # ---- 1. Schedule: what is z_t? ---------------------------------------------------------------
@@ -579,12 +576,14 @@ def load_dataset(name, data_dir="data", size=None):
     Raises ValueError for images that can't be loaded or differ in size.
     """
     if name == "digits":
-        from sklearn.datasets import load_digits  # imported here, so that `import pd` is quick
+        from sklearn.datasets import load_digits  # slow to import, like torchvision below
 
         arrays = (load_digits().images * 255 / 16).round().astype(np.uint8)
         images = [Image.fromarray(array) for array in arrays]
     elif name in TORCHVISION:
         with as_value_error(f"{name} is neither in {data_dir} nor can it be downloaded"):
+            import torchvision
+
             dataset = getattr(torchvision.datasets, TORCHVISION[name])(data_dir, download=True)
         images = (image for image, label in dataset)
     else:
@@ -604,6 +603,8 @@ def load_dataset(name, data_dir="data", size=None):
 
 def load_folder(folder):
     """Yields the images in a folder and its subfolders. Skips hidden ones, follows links."""
+    from torchvision.datasets.folder import IMG_EXTENSIONS
+
     paths = sorted(glob.glob(f"{glob.escape(folder)}/**", recursive=True))
     paths = [path for path in paths if path.lower().endswith(IMG_EXTENSIONS)]
     files = {os.path.realpath(path): path for path in paths if os.path.isfile(path)}
@@ -844,20 +845,24 @@ def image_grid(images, columns):
     if max(images.shape[2:]) < 16:
         images = F.interpolate(images.float(), scale_factor=8, mode="bicubic")
         images = images.clamp(0, 255).round().byte()
-    return make_grid(images, columns, pad_value=255).permute(1, 2, 0).numpy()
+    images = F.pad(images.expand(-1, 3, -1, -1), (1, 1, 1, 1), value=255)
+    missing = images[: -len(images) % columns] * 0 + 255  # white places in the last row
+    rows = torch.cat([images, missing]).permute(0, 2, 3, 1).split(columns)
+    return np.vstack([np.hstack(row) for row in rows])
 
 def plot_samples(drawn, steps, columns=10):
     """samples.png: a row for each model, the same noise in every row."""
     first, *others = steps
     labels = [f"teacher, {n}" for n in (first, *others[-3:])]
     labels += [f"student, {n}" for n in others]
-    figure = Figure(figsize=(columns, len(labels)), layout="constrained")
-    for axes, label in zip(figure.subplots(len(labels), squeeze=False)[:, 0], labels):
-        axes.imshow(image_grid(drawn[label][:columns], columns))
-        axes.set(xticks=[], yticks=[])
-        axes.set_ylabel(label, rotation=0, ha="right", va="center")
-    figure.suptitle("model, sampling steps; the same noise in every row")
-    return figure
+    rows = torch.cat([drawn[label][:columns] for label in labels])
+    grid = image_grid(rows, len(rows) // len(labels))
+    axes = Figure(figsize=(columns, len(labels))).add_subplot(xticks=[])
+    centres = (np.arange(len(labels)) + 0.5) * len(grid) / len(labels)
+    axes.set_yticks(centres, labels)
+    axes.set_title("model, sampling steps; the same noise in every row")
+    axes.imshow(grid)
+    return axes.figure
 
 def plot_steps(rows):
     """steps.png: distance against sampling steps."""
@@ -1077,6 +1082,8 @@ class Run:
 
 def sample_to_file(options, seed):
     """--sample: images from a checkpoint, into a grid or a new folder."""
+    from torchvision.utils import save_image
+
     out = Path(options.out or "grid.png")
     is_grid = out.suffix.lower() == ".png"
     if out.suffix and not is_grid:

@@ -1308,7 +1308,7 @@ def test_sample_writes_a_grid_with_the_models_own_steps(pd, run, here, capsys):
 
 
 def test_interrupted_sample_leaves_nothing(pd, run, here, monkeypatch, capsys):
-    monkeypatch.setattr(pd, "save_image", Mock(side_effect=[0, KeyboardInterrupt]))
+    monkeypatch.setattr("torchvision.utils.save_image", Mock(side_effect=[0, KeyboardInterrupt]))
     assert command(pd, *sample_flags(run, "--out", "new")) == 130
     assert "nothing was written" in capsys.readouterr().err
     assert contents(Path()) == {}
