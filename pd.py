@@ -656,7 +656,7 @@ def to_uint8(x):
 # it and takes its part. (Only dropout's masks are not those of one process.)
 
 # Purposes for set_seed. In training it is the steps of a student, at most 8192, or 0.
-WEIGHTS, SAMPLES, REAL_IMAGES = 10_000, 10_001, 10_002
+WEIGHTS, SAMPLES, REAL_IMAGES = 1_000_000, 1_000_001, 1_000_002
 
 def set_seed(seed, purpose, number):
     """Seed torch with three whole numbers."""
