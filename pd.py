@@ -1,7 +1,7 @@
 """Progressive Distillation for Fast Sampling of Diffusion Models (Salimans & Ho, 2022).
 
     python pd.py                                  # handwritten digits, 256 -> 1 steps, on a CPU
-    python pd.py --dataset cifar10 --stages 8     # the same on CIFAR-10, better on a GPU
+    python pd.py --dataset cifar10                # the same on CIFAR-10, preferably on a GPU
     python pd.py --sample runs/digits/student-1.pt --num 64 --out grid.png
 
 Read it from top to bottom. Parts 1 to 5 are the paper: tensors of any shape, and no files.
@@ -13,6 +13,7 @@ import argparse
 import contextlib
 import copy
 import dataclasses
+import datetime
 import glob
 import importlib.util
 import inspect
@@ -65,7 +66,7 @@ def log_snr(t):
     return 2 * torch.log(alpha / sigma)
 
 def alpha_sigma_for(z, t):
-    """(α_t, σ_t) in a shape to multiply z with: (B,) becomes (B, 1, ..., 1), scalars stay."""
+    """(α_t, σ_t) shaped to multiply z: (B,) becomes (B, 1, ..., 1), scalars stay."""
     alpha, sigma = alpha_sigma(t)
     if alpha.ndim == 0:
         return alpha, sigma
@@ -93,7 +94,7 @@ def to_x_eps(out, z, t, param):
         return (z - sigma * out) / alpha, out
     if param == "x":
         return out, (z - alpha * out) / sigma
-    if param == "both":  # x̂ comes mostly from x̃ at high noise, from ε̃ at low noise
+    if param == "both":  # x̂ comes mostly from x_out at high noise, from eps_out at low
         x_out, eps_out = out.chunk(2, dim=1)
         x_hat = sigma**2 * x_out + alpha * (z - sigma * eps_out)
         eps_hat = alpha**2 * eps_out + sigma * (z - alpha * x_out)  # = (z - α x̂) / σ
@@ -178,7 +179,7 @@ def sample(model, z, steps, sampler="ddim", clip=False, variance_interpolation=1
     """x, (B, *dims), from noise z: visits t = 1, 1 - 1/N, ..., 0, where N = steps. Section 2.
 
     clip: limit x̂ to the range of images, [-1, 1]; variance_interpolation: see ancestral_step.
-    Raises ValueError for an unknown sampler or less than 1 step.
+    Raises ValueError for an unknown sampler or fewer than 1 step.
     """
     if sampler not in SAMPLERS:
         raise ValueError(f"sampler must be one of {', '.join(SAMPLERS)}, not {sampler!r}")
@@ -202,19 +203,19 @@ def sample(model, z, steps, sampler="ddim", clip=False, variance_interpolation=1
 # One step of the student should end where two of the teacher end. Algorithm 2 solves for x̃:
 #     α_s x̃ + σ_s (z_t - α_t x̃) / σ_t = z_s
 #     x̃ = (z_s - (σ_s/σ_t) z_t) / (α_s - (σ_s/σ_t) α_t)
-# Divided by σ, a DDIM step reads z_s/σ_s = z_t/σ_t + (α_s/σ_s - α_t/σ_t) x̂. So steps add up,
-# and x̃ is a weighted mean of the teacher's predictions; the weight is how much α/σ grows.
-# The code uses this form: at N = 4096 its float32 error is 4.9e-7, and that of the formula
-# above 1.5e-3. x̃ is a function of z_t and the teacher alone, so a student's loss can reach
-# zero, while a denoiser's can't. And x̃ is sharp where the step ends near the data, because
-# there the teacher's prediction has settled on one image.
+# Divided by σ, a DDIM step reads z_s/σ_s = z_t/σ_t + (α_s/σ_s - α_t/σ_t) x̂. So steps simply
+# add up: x̃ = Σ w_i x̂_i / Σ w_i, where w_i is how much α/σ grows in the teacher's i-th step.
+# The code uses this mean: at N = 4096 its float32 error is 4.9e-7, and that of the formula
+# above 1.5e-3. x̃ depends only on z_t and the teacher, so a student's loss can reach zero, while
+# a teacher's cannot. And x̃ is sharp where the step ends near the data, because there the
+# teacher's prediction has settled on one image.
 
 @torch.no_grad()
 def distill_target(teacher, z, t, s, substeps=2):
-    """x̃, (B, *dims): one DDIM step with it from z_t = z to z_s ends where `substeps` steps of
+    """x̃, (B, *dims): the x̂ with which one DDIM step from t to s ends where `substeps` steps of
     the teacher end. Algorithm 2.
 
-    t, s: floats or (B,) tensors with s < t. Raises ValueError for less than 1 substep.
+    t, s: floats or (B,) tensors with s < t. Raises ValueError for fewer than 1 substep.
     """
     if substeps < 1:
         raise ValueError(f"substeps must be at least 1, not {substeps}")
@@ -282,17 +283,17 @@ class TeacherSettings:
     flip: bool = False  # mirror half of the images
     param: str = "v"  # what the network predicts: v, eps, x or both
     weighting: str = None  # of the x-error: truncated, snr+1, snr (default for eps), constant
-    batch_size: int = 64  # images per update, of all processes together
+    batch_size: int = 64  # images per update, over all processes
     width: int = 32  # channels of the network at its first level
     mults: tuple = (1, 2)  # the width of each level, as a multiple of the first
     blocks: int = 1  # residual blocks per level
     attention: tuple = ()  # levels with attention, by their down-sampling factor: 1, 2, 4, ...
-    patch: int = 1  # squares of this size become channels, at patch^2 times less cost
+    patch: int = 1  # squares of patch x patch pixels become channels, for speed
     dropout: float = 0.3  # keeps the network from memorizing the images; not for students
     teacher_updates: int = 1500  # optimizer updates
     lr: float = 2e-3  # learning rate
-    warmup: int = 100  # the first updates, in which the learning rate rises
-    decay: float = 0.5  # the last part of the updates, in which the learning rate falls to 0
+    warmup: int = 100  # updates at the start, in which the learning rate rises
+    decay: float = 0.5  # fraction of the updates, at the end, with a falling learning rate
     ema: float = 0.998  # decay rate of the moving average of the weights
 
 @dataclasses.dataclass
@@ -304,11 +305,14 @@ class Settings(TeacherSettings):
     substeps: int = 2  # steps of the teacher in one step of the student
     student_updates: int = 180  # optimizer updates of a student; twice as many for 1 and 2 steps
     student_lr: float = 6e-4  # learning rate of a student at its start; it falls to 0
-    early: float = 0.4  # students of more than 16 steps get this part of updates and rate
+    early: float = 0.4  # fraction of updates and learning rate for students of more than 16 steps
 
     def __post_init__(self):
         self.mults = tuple(self.mults)
         self.attention = tuple(self.attention)
+        levels = [2**level for level in range(len(self.mults))]
+        if not set(self.attention) <= set(levels):
+            raise ValueError(f"--attention must be some of {levels}, not {self.attention}")
         if self.weighting is None:  # ε with truncated SNR diverges (Table 1)
             self.weighting = "snr" if self.param == "eps" else "truncated"
         check_numbers(self)
@@ -336,8 +340,11 @@ class Options:
 
     out: str = None  # folder of the run; with --sample a .png file or a new folder
     device: str = "cuda" if torch.cuda.is_available() else "cpu"  # cpu, cuda or mps
-    compile: bool = None  # use torch.compile; by default on cuda, for images above 16 pixels
+    compile: bool = None  # use torch.compile; by default on cuda, for images larger than 16 pixels
     bfloat16: bool = None  # compute in bfloat16; by default where the hardware is fast at it
+
+    def __post_init__(self):
+        check_numbers(self)
 
 @dataclasses.dataclass
 class RunOptions(Options):
@@ -361,20 +368,24 @@ class SampleOptions(Options):
     sampler: str = "ddim"  # ddim or ancestral
     clip: bool = False  # limit every x-hat to [-1, 1]
 
+def names_of(*settings_classes):
+    """The names of all fields."""
+    return [field.name for kind in settings_classes for field in dataclasses.fields(kind)]
+
 def flag_of(name):
     return "--" + name.replace("_", "-")
 
-SMALLEST = {"seed": 0, "stages": 0, "warmup": 0, "substeps": 2, "eval_samples": 2}
+MINIMUM = {"seed": 0, "stages": 0, "warmup": 0, "substeps": 2, "eval_samples": 2}
 
 def check_numbers(settings):
     """Raises ValueError for a number out of range."""
     for name, value in vars(settings).items():
-        smallest = SMALLEST.get(name, 1)
+        smallest = MINIMUM.get(name, 1)
         flag = flag_of(name)
         if type(value) is int and value < smallest:
             raise ValueError(f"{flag} must be at least {smallest}, not {value}")
         if type(value) is tuple and any(number < 1 for number in value):
-            raise ValueError(f"{flag} must be numbers of at least 1, not {value}")
+            raise ValueError(f"all numbers of {flag} must be at least 1, not {value}")
         if type(value) is float and not 0 <= value <= 1:  # NaN, too
             raise ValueError(f"{flag} must be from 0 to 1, not {value}")
         if name in ("lr", "student_lr", "early") and value == 0:
@@ -388,7 +399,7 @@ PRESETS = {
     "digits": {},
     "mnist": SMALL | dict(teacher_updates=2400, student_updates=300),
     "cifar10-cpu": SMALL | dict(
-        flip=True, width=48, teacher_updates=5500, student_updates=800, early=0.25,
+        flip=True, width=48, mults=(1, 2, 4), teacher_updates=4500, student_updates=650, early=0.25,
     ),
     "cifar10": dict(
         flip=True, width=128, mults=(1, 2, 2, 2), blocks=2, attention=(2, 4), dropout=0.2,
@@ -400,8 +411,8 @@ PRESETS = {
 # ---- 7. Network ------------------------------------------------------------------------------
 # The UNet of DDPM: residual blocks with GroupNorm, scaled and shifted by the embedding of t,
 # attention at low resolution, skip connections. It is like the paper's (Section 5), but smaller
-# and without BigGAN's resampling inside of residual blocks. The last layer of each block starts
-# at zero, so that at first a block passes on its skip connection only.
+# and without BigGAN's resampling inside residual blocks. The last layer of each block starts
+# at zero, so that at first a block only passes on its skip connection.
 
 TIME_FEATURES = 128  # numbers that describe t to the network
 
@@ -487,7 +498,8 @@ class UNet(nn.Module):
         def res_block(width_in, width_out, attend):
             return ResBlock(width_in, width_out, emb_width, settings.dropout, attend)
 
-        # Down: each level begins with a convolution. All outputs are kept for the way up.
+        # Down: each level but the first halves the size. All outputs are kept for the way up.
+        # From here on, `width` is that of the latest output.
         self.downsample, self.down = nn.ModuleList(), nn.ModuleList()
         kept = []  # the widths of what is kept
         for level, level_width in enumerate(widths):
@@ -529,7 +541,7 @@ class UNet(nn.Module):
         """The first half: (bottleneck, outputs that are kept, embedding of t)."""
         H, W = z.shape[-2:]
         emb = self.embed_time(time_features(t))
-        # -W % multiple is what W lacks to the next multiple.
+        # -W % multiple: how far W is from the next multiple.
         h = F.pad(z, (0, -W % self.multiple, 0, -H % self.multiple))
         h = F.pixel_unshuffle(h, self.patch).contiguous(memory_format=torch.channels_last)
         kept = []
@@ -569,7 +581,7 @@ def as_value_error(message):
         raise ValueError(f"{message} ({reason[:150]})") from error
 
 def load_dataset(name, data_dir="data", size=None):
-    """uint8 images (N, C, H, W), with one channel if all are grey. New data sets go in here.
+    """uint8 images (N, C, H, W), with one channel if all are grey. Add new datasets here.
 
     name: "digits" (from scikit-learn), "mnist", "fashion-mnist", "cifar10" (downloaded into
     data_dir) or a folder of images. size: resize and crop them to squares of this size.
@@ -605,12 +617,15 @@ def load_folder(folder):
     """Yields the images in a folder and its subfolders. Skips hidden ones, follows links."""
     from torchvision.datasets.folder import IMG_EXTENSIONS
 
-    paths = sorted(glob.glob(f"{glob.escape(folder)}/**", recursive=True))
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "**"), recursive=True))
     paths = [path for path in paths if path.lower().endswith(IMG_EXTENSIONS)]
     files = {os.path.realpath(path): path for path in paths if os.path.isfile(path)}
     if len(files) < 2:
         names = ", ".join(["digits", *TORCHVISION])
-        raise ValueError(f"{folder} is neither a folder with 2 or more images nor one of {names}")
+        raise ValueError(
+            f"{folder} is neither one of {names} nor a folder with 2 or more images "
+            f"({', '.join(IMG_EXTENSIONS)})"
+        )
     damaged = []
     for path in tqdm(files.values(), "loading", leave=False, disable=None):
         try:
@@ -623,8 +638,8 @@ def load_folder(folder):
 def open_image(path):
     """An RGB image as viewers show it: upright, and on white where it is transparent."""
     image = ImageOps.exif_transpose(Image.open(path))
-    if image.mode[0] in "IF":
-        raise ValueError("more than 8 bits a channel")
+    if image.mode[0] in "IF":  # integers of 16 or 32 bits, or floats
+        raise ValueError("more than 8 bits per channel")
     if image.has_transparency_data:
         white = Image.new("RGBA", image.size, "white")
         image = Image.alpha_composite(white, image.convert("RGBA"))
@@ -653,19 +668,19 @@ def to_uint8(x):
 # neither dropout nor a moving average of its weights.
 # All random numbers of an update follow from (seed, steps, update). So a stopped run continues
 # as if it had not been stopped, and several processes can split one batch: each draws all of
-# it and takes its part. (Only dropout's masks are not those of one process.)
+# it and takes its part. (The masks of dropout are the exception.)
 
-# Purposes for set_seed. In training it is the steps of a student, at most 8192, or 0.
+# Purposes for set_seed. In training it is a student's steps, at most 8192, or 0 for a teacher.
 WEIGHTS, SAMPLES, REAL_IMAGES = 1_000_000, 1_000_001, 1_000_002
 
 def set_seed(seed, purpose, number):
-    """Seed torch with three whole numbers."""
+    """Seed torch from three integers."""
     sequence = np.random.SeedSequence((seed, purpose, number))
     torch.manual_seed(int(sequence.generate_state(1, np.uint64)[0]))
 
 @contextlib.contextmanager
-def private_random_numbers():
-    """Seeds that are set inside don't change the random numbers that the caller draws later."""
+def keep_random_state():
+    """Seeds that are set inside do not change what the caller draws afterwards."""
     devices = [torch.cuda.current_device()] if torch.cuda.is_available() else []
     with torch.random.fork_rng(devices):
         yield
@@ -759,14 +774,16 @@ def train(model, data, updates, lr=1e-3, teacher=None, steps=None, **settings):
 
     settings: fields of Settings, such as batch_size. Raises ValueError for numbers out of range.
     """
+    param = getattr(model, "param", "v")  # decides on the default weighting
+    settings = Settings(**{"param": param, "lr": lr, "teacher_updates": updates} | settings)
     training = Training(model, is_student=teacher is not None)
-    loop = training_loop(training, data, updates, lr, Settings(**settings), teacher, steps)
-    with private_random_numbers():
+    loop = training_loop(training, data, updates, lr, settings, teacher, steps)
+    with keep_random_state():
         return [loss.item() for loss, grad_norm in loop]
 
 # ---- 10. Evaluation: did it work? ------------------------------------------------------------
-# Fréchet distances compare features of the run's own teacher: nothing to download, one measure
-# for all samplers of a run, but not the published FID.
+# Fréchet distances are computed on features of the run's own teacher. Nothing is downloaded, and
+# the samplers of one run can be compared, but the numbers are not the published FID.
 
 CHUNK = 128  # images sampled together
 
@@ -776,7 +793,7 @@ def generate(model, num, shape, steps, sampler="ddim", seed=0, device="cpu", cli
     The first images are the same for every num, because whole chunks are drawn.
     """
     chunks = []
-    with private_random_numbers():
+    with keep_random_state():
         for start in tqdm(range(0, num, CHUNK), f"{steps} steps", leave=False, disable=None):
             set_seed(seed, SAMPLES, start // CHUNK)
             z = torch.randn(CHUNK, *shape, device=device)
@@ -812,7 +829,7 @@ def evaluate(models, images, num, seed=0, device="cpu"):
     """Compare {steps: model}, teacher first: (rows of a table, {label: uint8 images})."""
     first = max(models)
     teacher = models[first]
-    with private_random_numbers():
+    with keep_random_state():
         set_seed(seed, REAL_IMAGES, 0)
         # Up to ten times as many real images, for better statistics.
         some = torch.randperm(len(images))[: 10 * num].to(images.device)
@@ -834,7 +851,7 @@ def evaluate(models, images, num, seed=0, device="cpu"):
             distilled = draw_and_measure(label, model, steps)
         change = to_float(drawn[label]) - to_float(drawn[f"teacher, {first}"])
         row = {"steps": steps, "distilled": distilled, "ddim": ddim}
-        if steps <= 16:  # few steps are the question, and many take long
+        if steps <= 16:  # many steps are slow, and few are what matters
             row["ancestral"] = draw_and_measure("ancestral", teacher, steps, "ancestral")
         row["drift"] = change.square().mean().sqrt().item()
         rows.append(row)
@@ -847,15 +864,15 @@ def image_grid(images, columns):
         images = F.interpolate(images.float(), scale_factor=8, mode="bicubic")
         images = images.clamp(0, 255).round().byte()
     images = F.pad(images.expand(-1, 3, -1, -1), (1, 1, 1, 1), value=255)
-    missing = images[: -len(images) % columns] * 0 + 255  # white places in the last row
+    missing = images.new_full((-len(images) % columns, *images.shape[1:]), 255)  # white
     rows = torch.cat([images, missing]).permute(0, 2, 3, 1).split(columns)
     return np.vstack([np.hstack(row) for row in rows])
 
 def plot_samples(drawn, steps, columns=10):
-    """samples.png: a row for each model, the same noise in every row."""
+    """samples.png: the teacher and the last three students, the same noise in every row."""
     first, *others = steps
-    labels = [f"teacher, {n}" for n in (first, *others[-3:])]
-    labels += [f"student, {n}" for n in others]
+    few = others[-3:]
+    labels = [f"teacher, {n}" for n in (first, *few)] + [f"student, {n}" for n in few]
     rows = torch.cat([drawn[label][:columns] for label in labels])
     grid = image_grid(rows, len(rows) // len(labels))
     axes = Figure(figsize=(columns, len(labels))).add_subplot(xticks=[])
@@ -872,7 +889,8 @@ def plot_steps(rows):
         measured = [row for row in rows if column in row]
         steps = [row["steps"] for row in measured]
         axes.loglog(steps, [row[column] for row in measured], "o-", label=column)
-    axes.set_xticks(steps, steps)
+    all_steps = [row["steps"] for row in rows]
+    axes.set_xticks(all_steps, all_steps)
     axes.legend()
     return axes.figure
 
@@ -897,18 +915,18 @@ def whole_file(path):
 
 def load_checkpoint(path):
     """(what the file holds, its Settings). Raises ValueError for any other file."""
-    with as_value_error(f"{path} is damaged, or no checkpoint of pd.py"):
+    with as_value_error(f"{path} cannot be read as a checkpoint of pd.py"):
         checkpoint = torch.load(path, "cpu", weights_only=True)
         for name in ("shape", "images", "steps", "updates", "average"):
             checkpoint[name]  # fails if it is missing
         return checkpoint, Settings(**checkpoint["settings"])
 
 def build(settings, channels):
-    """The Denoiser that the settings describe, with its first weights."""
-    with private_random_numbers():
+    """The Denoiser that the settings describe, with its first weights, without dropout."""
+    with keep_random_state():
         set_seed(settings.seed, WEIGHTS, 0)
         net = UNet(channels, settings)
-    return Denoiser(net, settings.param).to(memory_format=torch.channels_last)
+    return Denoiser(net, settings.param).to(memory_format=torch.channels_last).eval()
 
 def load_model(path):
     """(Denoiser, checkpoint) from a file of a run; while a teacher trains, its average.
@@ -917,9 +935,10 @@ def load_model(path):
     Raises ValueError for any other file.
     """
     checkpoint, settings = load_checkpoint(path)
-    model = build(settings, checkpoint["shape"][0])
-    model.load_state_dict(checkpoint["average"])
-    return model.eval(), checkpoint
+    with as_value_error(f"{path} does not fit the network of this pd.py"):
+        model = build(settings, checkpoint["shape"][0])
+        model.load_state_dict(checkpoint["average"])
+    return model, checkpoint
 
 def prepare(model, options, shape):
     """Move a Denoiser for images of this shape to the device, and make it fast there."""
@@ -937,14 +956,14 @@ def prepare(model, options, shape):
     return model.to(options.device)
 
 def is_fast_in_bfloat16(device):
-    """Has the hardware instructions for bfloat16, so that it need not emulate it?"""
+    """Whether the hardware computes in bfloat16 natively."""
     if device == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     has_instructions = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
     return device == "cpu" and has_instructions
 
 def is_finished_teacher(checkpoint, settings):
-    """Does a checkpoint with these settings hold a teacher that is completely trained?"""
+    """Whether a checkpoint with these settings holds a fully trained teacher."""
     is_teacher = checkpoint["steps"] == settings.first_steps
     return is_teacher and checkpoint["updates"] == settings.teacher_updates
 
@@ -956,6 +975,7 @@ class Run:
         self.options = options
         self.data = images.to(options.device)
         self.out = out
+        self.teacher = build(settings, images.shape[1])
         self.trainings = {}  # by the names of the models
         # The images count, not the name of their folder.
         self.identity = {
@@ -964,9 +984,12 @@ class Run:
             "images": f"{len(images)} with checksum {zlib.crc32(images.numpy()):x}",
         }
 
-    def check(self, path, advice):
-        """Raises ValueError if a checkpoint was made with other settings than this run's."""
+    def check(self, path, name, advice):
+        """Raises ValueError if a checkpoint holds another model, or one of other settings."""
         checkpoint, settings = load_checkpoint(path)
+        its_name, *_ = settings.plan(checkpoint["steps"])
+        if its_name != name:
+            raise ValueError(f"{path} holds the {its_name}, not the {name}: {advice}")
         names = names_of(Settings)
         if is_finished_teacher(checkpoint, settings):
             names = names_of(TeacherSettings)  # it may get other students
@@ -983,32 +1006,35 @@ class Run:
     def open_folder(self):
         """Refuse a folder that holds another run, and put the given teacher in."""
         path = self.out / "teacher.pt"
-        teacher = self.options.teacher
-        if teacher:
-            self.check(teacher, "leave out these flags, and use the same images")
-            teacher = Path(teacher).read_bytes()
-        if self.options.restart:
+        restart = self.options.restart
+        given = self.options.teacher
+        if given:
+            self.check(given, "teacher", "leave out these flags, and use the same images")
+            content = Path(given).read_bytes()
+        if restart:
             (self.out / "results.json").unlink(missing_ok=True)
         for old in [*self.out.glob("teacher.pt"), *self.out.glob("student-*.pt")]:
-            if self.options.restart:
+            if not restart:
+                advice = "use these settings, another --out, or --restart to overwrite"
+                self.check(old, old.stem, advice)
+            elif not (given and old == path):  # it is replaced below
                 old.unlink()
-            else:
-                self.check(old, "use these settings, another --out, or --restart to overwrite")
         self.out.mkdir(parents=True, exist_ok=True)
-        if teacher and not path.exists():
+        if given and (restart or not path.exists()):
             with whole_file(path) as file:
-                file.write(teacher)
-        if teacher and path.read_bytes() != teacher:
+                file.write(content)
+        if given and path.read_bytes() != content:
             raise ValueError(f"{path} is another teacher: use another --out, or --restart")
 
     def train_all(self):
         """Train the teacher, then distill it. Returns {steps: model}."""
         first = self.settings.first_steps
-        teacher = build(self.settings, self.data.shape[1])
-        self.train_model(teacher, None, first)
+        self.train_model(self.teacher, None, first)
         final, substeps = self.settings.final_steps, self.settings.substeps
-        students = dict(distill(teacher, first, final, self.train_model, substeps))
-        return {first: teacher} | students
+        models = {first: self.teacher}
+        for steps, student in distill(self.teacher, first, final, self.train_model, substeps):
+            models[steps] = student
+        return models
 
     def train_model(self, model, teacher, steps):
         """Train a model, or do what is left to do for it, and keep it in its file."""
@@ -1034,7 +1060,7 @@ class Run:
             finished = training.updates == updates
             if training.updates % LOG_EVERY and not finished:
                 continue
-            # Only here the CPU waits for the GPU, once in a while.
+            # Only here does the CPU wait for the GPU, once in a while.
             loss, grad_norm = torch.stack(recent).mean(0).tolist()
             recent = []
             if not math.isfinite(loss + grad_norm):
@@ -1056,20 +1082,23 @@ class Run:
     def save(self, path, training, steps):
         if rank() > 0:
             return
-        (self.out / "results.json").unlink(missing_ok=True)  # of older models
-        with whole_file(path) as file:
-            torch.save(training.state_dict() | self.identity | {"steps": steps}, file)
+        (self.out / "results.json").unlink(missing_ok=True)  # it described older models
         rows = [row for logged in self.trainings.values() for row in logged.log]
         with whole_file(self.out / "log.csv") as file:
             file.write("\n".join(["model,update,loss,grad_norm", *rows, ""]).encode())
+        with whole_file(path) as file:  # last, so that a stop leaves nothing out of the log
+            torch.save(training.state_dict() | self.identity | {"steps": steps}, file)
         tqdm.write(f"{path.stem:12}{training.updates:8,} updates, {training.seconds:.0f} s")
 
     def write_results(self, models):
         """Evaluate the models, and write the table and the figures."""
         num = self.options.eval_samples
         path = self.out / "results.json"
-        if path.exists() and json.loads(path.read_text())["eval_samples"] == num:
-            return  # finished before
+        if path.exists():
+            results = json.loads(path.read_text())
+            measured = [row["steps"] for row in results["rows"]]
+            if measured == list(models) and results["eval_samples"] == num:
+                return  # finished before
         rows, drawn = evaluate(models, self.data, num, self.settings.seed, self.options.device)
         for row, training in zip(rows, self.trainings.values()):
             row["updates"] = training.updates
@@ -1108,7 +1137,7 @@ def sample_to_file(options, seed):
         columns = math.ceil(len(images) ** 0.5)
         with whole_file(out) as file:
             Image.fromarray(image_grid(images, columns)).save(file, "png")
-    else:
+    else:  # the folder appears only when it is complete
         with tempfile.TemporaryDirectory(dir=out.parent) as folder:
             part = Path(folder) / out.name
             part.mkdir()
@@ -1132,6 +1161,7 @@ def make_parser():
         "pd.py",
         usage=argparse.SUPPRESS,  # so that an error is one line
         description=__doc__.split("\n")[0],
+        epilog="Defaults in brackets are those of the digits; other images have other presets.",
         argument_default=argparse.SUPPRESS,  # only what is given appears in the result
         allow_abbrev=False,
     )
@@ -1161,16 +1191,10 @@ def make_parser():
                 group.add_argument(flag, help=text, type=kind, choices=choices.get(name))
     return parser
 
-def names_of(*settings_classes):
-    """The names of all fields."""
-    return [field.name for kind in settings_classes for field in dataclasses.fields(kind)]
-
 def chosen(settings_class, given):
     """The settings of this class: what is given, and defaults. ValueError if out of range."""
     names = names_of(settings_class)
-    settings = settings_class(**{name: given[name] for name in names if name in given})
-    check_numbers(settings)
-    return settings
+    return settings_class(**{name: given[name] for name in names if name in given})
 
 def preset_for(images, device):
     """The name of the preset that fits."""
@@ -1200,16 +1224,18 @@ def start(given):
             raise ValueError("--preset cannot be used with --teacher, which brings its settings")
         checkpoint, settings = load_checkpoint(given["teacher"])
         if not is_finished_teacher(checkpoint, settings):
-            raise ValueError(f"{given['teacher']} is not a teacher, or not completely trained")
+            raise ValueError(f"{given['teacher']} is not a teacher that is fully trained")
         given = vars(settings) | given
     options = chosen(SampleOptions if sampling else RunOptions, given)
     settings = chosen(Settings, given)  # finds wrong numbers before anything is downloaded
-    if settings.stages > 13 or settings.first_steps > 8192:
-        raise ValueError("--final-steps times --substeps^(--stages) must be at most 8192")
+    if settings.stages > 13 or settings.first_steps > 8192:  # 2^13 = 8192
+        raise ValueError("--final-steps * --substeps ** --stages must be at most 8192")
     if dist.is_torchelastic_launched():  # torchrun has started several processes
         if options.device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        dist.init_process_group("nccl" if options.device == "cuda" else "gloo")
+        backend = "nccl" if options.device == "cuda" else "gloo"
+        patience = datetime.timedelta(days=1)  # a download may take long
+        dist.init_process_group(backend, timeout=patience)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # the first process prints for all
     if sampling:
@@ -1219,13 +1245,15 @@ def start(given):
 
     if rank() > 0:
         dist.barrier()  # the first process downloads the data and prepares the folder
+    out = Path(options.out or f"runs/{Path(options.dataset).resolve().name}")
+    if Path(options.dataset).resolve() in out.resolve().parents:
+        raise ValueError(f"--out {out} must not be in the folder of the images")
     images = load_dataset(options.dataset, options.data_dir, options.size)
     preset = options.preset or preset_for(images, options.device)
     given = PRESETS[preset] | given  # what is given goes before the preset
     settings = chosen(Settings, given)
     if settings.batch_size % world_size():
         raise ValueError(f"--batch-size must be a multiple of the {world_size()} processes")
-    out = Path(options.out or f"runs/{Path(options.dataset).resolve().name}")
     run = Run(settings, chosen(RunOptions, given), images, out)
     if rank() == 0:
         run.open_folder()
@@ -1253,8 +1281,8 @@ def main(argv=None):
     except (ValueError, OSError) as error:
         parser.error(" ".join(str(error).split()))
     except (RuntimeError, MemoryError) as error:
-        if not isinstance(error, MemoryError) and "allocate" not in str(error):
-            raise
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise  # not torch's way to say that memory is short
         parser.error("out of memory: use smaller images, a smaller batch or a smaller network")
     finally:
         if dist.is_initialized():
