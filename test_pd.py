@@ -919,6 +919,13 @@ def test_training_has_dropout_for_the_teacher_only(pd):
     assert (modes, student.training) == ([False], False)
 
 
+def test_train_weights_the_loss_as_the_model_predicts(pd):
+    """An ε-model has the SNR by default: w ‖x - x̂‖² is ‖ε - ε̂‖², here ‖ε‖², about 1."""
+    model = pd.Denoiser(small(pd).net, "eps")
+    nn.init.zeros_(model.net.output[-1].weight)
+    assert pd.train(model, GREYS, 1, batch_size=256) == approx([1], rel=0.1)
+
+
 def test_training_depends_on_its_seed_steps_and_settings_alone(pd):
     """It also leaves torch's random numbers as they were."""
 
@@ -1122,6 +1129,30 @@ def test_changed_settings_or_images_are_named_and_need_restart(
     assert len([*copied.glob("*.pt")]) == 2
 
 
+@parametrize("name", ["teacher", "student-2"])
+def test_checkpoint_under_the_name_of_another_is_refused(pd, folder, copied, capsys, name):
+    shutil.copy(copied / "student-1.pt", copied / f"{name}.pt")
+    error = refused(pd, capsys, *TINY, folder, "--out", copied)
+    assert f"holds the student-1, not the {name}" in error
+
+
+def test_results_of_other_models_are_renewed(pd, folder, copied):
+    for file in copied.glob("student-*.pt"):
+        file.unlink()
+    assert command(pd, *TINY, folder, "--out", copied, "--stages", 0) == 0
+    rows = json.loads((copied / "results.json").read_text())["rows"]
+    assert [row["steps"] for row in rows] == [1]
+
+
+def test_restart_keeps_the_given_teacher_until_it_is_replaced(
+    pd, run, folder, copied, monkeypatch
+):
+    monkeypatch.setattr(os, "fsync", Mock(side_effect=KeyboardInterrupt))
+    given = copied / "teacher.pt"
+    assert command(pd, *TINY, folder, "--out", copied, "--teacher", given, "--restart") == 130
+    assert given.read_bytes() == (run / "teacher.pt").read_bytes()
+
+
 @parametrize("flags", [[], ["--teacher", "run/teacher.pt", "--restart"]])
 def test_teacher_may_have_other_students(pd, run, folder, here, flags):
     """with a copy of the teacher in a new folder, or by --teacher"""
@@ -1163,6 +1194,21 @@ def test_run_killed_at_ten_moments_ends_with_the_same_weights(
     last = 0
     assert command(pd, *TINY, folder, "--out", tmp_path) == 0
     assert torch.equal(weights_of(tmp_path), weights_of(run))
+
+
+@parametrize("moment", [5, 6])
+def test_run_killed_between_log_and_model_has_a_whole_log(
+    pd, run, folder, tmp_path, monkeypatch, moment
+):
+    """The last model and its log are the fifth and sixth file to be written."""
+    replace = os.replace
+    ends = [replace] * (moment - 1) + [Mock(side_effect=KeyboardInterrupt)]
+    monkeypatch.setattr(pd, "LOG_EVERY", 5)
+    monkeypatch.setattr(os, "replace", lambda *paths: ends.pop(0)(*paths))
+    assert command(pd, *TINY, folder, "--out", tmp_path) == 130
+    monkeypatch.setattr(os, "replace", replace)
+    assert command(pd, *TINY, folder, "--out", tmp_path) == 0
+    assert (tmp_path / "log.csv").read_text() == (run / "log.csv").read_text()
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_save(
@@ -1247,6 +1293,7 @@ def test_cuda_has_fast_kernels_for_the_attention(pd):
 @parametrize("flags, words", [
     ("--dataset nothing", "nothing is neither one of digits, "),
     ("--dataset mixed", "2 sizes: give --size"),
+    ("--dataset mixed --out mixed/run", "must not be in the folder of the images"),
     ("--dataset mnist", "neither in data nor can it be downloaded"),
     ("--device tpu", "--device"),
     ("--out damaged", "damaged/teacher.pt cannot be read"),
@@ -1256,6 +1303,7 @@ def test_cuda_has_fast_kernels_for_the_attention(pd):
     ("--teacher MODEL", "student-2.pt is not a teacher"),
     ("--mults", "expected at least one argument"),
     ("--num 3", "--num cannot be used without --sample"),
+    ("--attention 3", "--attention must be some of [1, 2], not (3,)"),
     ("--lr 0", "--lr must be above 0"),
     ("--lr nan", "--lr must be from 0 to 1, not nan"),
     ("--batch-size 0", "--batch-size must be at least 1, not 0"),
