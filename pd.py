@@ -6,7 +6,7 @@
 
 Read it from top to bottom. Parts 1 to 5 are the paper: tensors of any shape, and no files.
 Parts 6 to 12 are the engineering: settings, a UNet, data, training, evaluation, runs. The
-command line enters at `main`, which calls `start`, which makes a `Run` and trains its models.
+command line enters at `main`, which calls `start`, then `start_run`, which makes a `Run`.
 Sections, equations and algorithms are numbered as in arXiv:2202.00512.
 """
 import argparse
@@ -1205,56 +1205,68 @@ def preset_for(images, device):
         return "mnist"
     return "cifar10-cpu" if device == "cpu" else "cifar10"
 
-def check_flags(given, sampling):
+def check_flags(given):
     """Raises ValueError for a flag that would be ignored."""
-    allowed = names_of(RunOptions, Settings)
-    if sampling:
+    if "sample" in given:
+        word = "with"
         allowed = ["seed", *names_of(SampleOptions)]
+    else:
+        word = "without"
+        allowed = names_of(RunOptions, Settings)
     for name in given:
         if name not in allowed:
-            word = "with" if sampling else "without"
             raise ValueError(f"{flag_of(name)} cannot be used {word} --sample")
+    if "teacher" in given and "preset" in given:
+        raise ValueError("--preset cannot be used with --teacher, which brings its settings")
 
-def start(given):
-    """Do what the given flags say; the rest comes from a teacher, a preset or the defaults."""
-    sampling = "sample" in given
-    check_flags(given, sampling)
-    if "teacher" in given:
-        if "preset" in given:
-            raise ValueError("--preset cannot be used with --teacher, which brings its settings")
-        checkpoint, settings = load_checkpoint(given["teacher"])
-        if not is_finished_teacher(checkpoint, settings):
-            raise ValueError(f"{given['teacher']} is not a teacher that is fully trained")
-        given = vars(settings) | given
-    options = chosen(SampleOptions if sampling else RunOptions, given)
-    settings = chosen(Settings, given)  # finds wrong numbers before anything is downloaded
-    if settings.stages > 13 or settings.first_steps > 8192:  # 2^13 = 8192
-        raise ValueError("--final-steps * --substeps ** --stages must be at most 8192")
-    if dist.is_torchelastic_launched():  # torchrun has started several processes
-        if options.device == "cuda":
+def settings_of_teacher(path):
+    """The settings of a finished teacher, as a dict. ValueError for another file."""
+    checkpoint, settings = load_checkpoint(path)
+    if not is_finished_teacher(checkpoint, settings):
+        raise ValueError(f"{path} is not a teacher that is fully trained")
+    return vars(settings)
+
+def join_processes(device):
+    """If torchrun has started several processes, let them train together."""
+    if dist.is_torchelastic_launched():
+        if device == "cuda":
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-        backend = "nccl" if options.device == "cuda" else "gloo"
+        backend = "nccl" if device == "cuda" else "gloo"
         patience = datetime.timedelta(days=1)  # a download may take long
         dist.init_process_group(backend, timeout=patience)
     if rank() > 0:
         sys.stdout = open(os.devnull, "w")  # the first process prints for all
-    if sampling:
-        if rank() == 0:
-            sample_to_file(options, settings.seed)
-        return
 
-    if rank() > 0:
-        dist.barrier()  # the first process downloads the data and prepares the folder
+def start(given):
+    """Do what the given flags say."""
+    check_flags(given)
+    if "teacher" in given:
+        given = settings_of_teacher(given["teacher"]) | given
+    settings = chosen(Settings, given)  # finds wrong numbers before anything is downloaded
+    if settings.stages > 13 or settings.first_steps > 8192:  # 2^13 = 8192
+        raise ValueError("--final-steps * --substeps ** --stages must be at most 8192")
+    join_processes(given.get("device", Options.device))
+    if "sample" not in given:
+        start_run(given)
+    elif rank() == 0:
+        sample_to_file(chosen(SampleOptions, given), settings.seed)
+
+def start_run(given):
+    """A run with the given settings; the rest comes from a preset or the defaults."""
+    options = chosen(RunOptions, given)
     out = Path(options.out or f"runs/{Path(options.dataset).resolve().name}")
     if Path(options.dataset).resolve() in out.resolve().parents:
         raise ValueError(f"--out {out} must not be in the folder of the images")
+    if rank() > 0:
+        dist.barrier()  # the first process downloads the data and prepares the folder
     images = load_dataset(options.dataset, options.data_dir, options.size)
     preset = options.preset or preset_for(images, options.device)
     given = PRESETS[preset] | given  # what is given goes before the preset
     settings = chosen(Settings, given)
+    options = chosen(RunOptions, given)
     if settings.batch_size % world_size():
         raise ValueError(f"--batch-size must be a multiple of the {world_size()} processes")
-    run = Run(settings, chosen(RunOptions, given), images, out)
+    run = Run(settings, options, images, out)
     if rank() == 0:
         run.open_folder()
         if world_size() > 1:
