@@ -570,6 +570,7 @@ class UNet(nn.Module):
 # ---- 8. Data: uint8 images, all of them in memory --------------------------------------------
 
 TORCHVISION = {"mnist": "MNIST", "fashion-mnist": "FashionMNIST", "cifar10": "CIFAR10"}
+DATASETS = ("digits", *TORCHVISION)
 
 @contextlib.contextmanager
 def as_value_error(message):
@@ -621,9 +622,8 @@ def load_folder(folder):
     paths = [path for path in paths if path.lower().endswith(IMG_EXTENSIONS)]
     files = {os.path.realpath(path): path for path in paths if os.path.isfile(path)}
     if len(files) < 2:
-        names = ", ".join(["digits", *TORCHVISION])
         raise ValueError(
-            f"{folder} is neither one of {names} nor a folder with 2 or more images "
+            f"{folder} is neither one of {', '.join(DATASETS)} nor a folder with 2 or more images "
             f"({', '.join(IMG_EXTENSIONS)})"
         )
     damaged = []
@@ -1254,8 +1254,9 @@ def start(given):
 def start_run(given):
     """A run with the given settings; the rest comes from a preset or the defaults."""
     options = chosen(RunOptions, given)
-    out = Path(options.out or f"runs/{Path(options.dataset).resolve().name}")
-    if Path(options.dataset).resolve() in out.resolve().parents:
+    folder = Path(options.dataset).resolve()
+    out = Path(options.out or f"runs/{folder.name}")
+    if options.dataset not in DATASETS and out.resolve().is_relative_to(folder):
         raise ValueError(f"--out {out} must not be in the folder of the images")
     if rank() > 0:
         dist.barrier()  # the first process downloads the data and prepares the folder
