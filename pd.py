@@ -392,14 +392,14 @@ def check_numbers(settings):
             raise ValueError(f"{flag} must be above 0, or nothing is learned")
 
 SMALL = dict(
-    patch=2, mults=(1, 2, 2), attention=(4,), dropout=0.0, lr=1e-3, warmup=300, ema=0.999,
-    student_lr=3e-4, eval_samples=256,
+    patch=2, mults=(1, 2, 4), attention=(4,), dropout=0.0, warmup=300, ema=0.999,
+    early=0.25, eval_samples=256,
 )  # fmt: skip
 PRESETS = {
     "digits": {},
-    "mnist": SMALL | dict(teacher_updates=2400, student_updates=300),
+    "mnist": SMALL | dict(lr=2e-3, teacher_updates=3600, student_lr=5e-4, student_updates=330),
     "cifar10-cpu": SMALL | dict(
-        flip=True, width=48, mults=(1, 2, 4), teacher_updates=4500, student_updates=650, early=0.25,
+        flip=True, width=48, lr=1e-3, teacher_updates=4500, student_lr=3e-4, student_updates=650,
     ),
     "cifar10": dict(
         flip=True, width=128, mults=(1, 2, 2, 2), blocks=2, attention=(2, 4), dropout=0.2,
