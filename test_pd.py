@@ -630,7 +630,7 @@ HERE = Path(official.__file__).parent
 
 @parametrize("preset, shape, millions", [
     ("digits", (1, 16, 16), 0.7),
-    ("mnist", (1, 32, 32), 1.2),
+    ("mnist", (1, 32, 32), 2.7),
     ("cifar10-cpu", (3, 32, 32), 6.1),
     ("cifar10", (3, 32, 32), 39),
 ])  # fmt: skip
