@@ -885,12 +885,11 @@ def plot_samples(drawn, steps, columns=10):
 def plot_steps(rows):
     """steps.png: distance against sampling steps."""
     axes = Figure(dpi=130).add_subplot(xlabel="sampling steps", ylabel="Fréchet distance")
+    steps = [row["steps"] for row in rows]
     for column in ("ddim", "ancestral", "distilled"):
-        measured = [row for row in rows if column in row]
-        steps = [row["steps"] for row in measured]
-        axes.loglog(steps, [row[column] for row in measured], "o-", label=column)
-    all_steps = [row["steps"] for row in rows]
-    axes.set_xticks(all_steps, all_steps)
+        distances = [row.get(column, math.nan) for row in rows]  # NaN is not drawn
+        axes.loglog(steps, distances, "o-", label=column)
+    axes.set_xticks(steps, steps)
     axes.legend()
     return axes.figure
 
@@ -922,7 +921,7 @@ def load_checkpoint(path):
         return checkpoint, Settings(**checkpoint["settings"])
 
 def build(settings, channels):
-    """The Denoiser that the settings describe, with its first weights, without dropout."""
+    """The Denoiser that the settings describe, with its first weights, in eval mode."""
     with keep_random_state():
         set_seed(settings.seed, WEIGHTS, 0)
         net = UNet(channels, settings)
@@ -1095,9 +1094,9 @@ class Run:
         num = self.options.eval_samples
         path = self.out / "results.json"
         if path.exists():
-            results = json.loads(path.read_text())
-            measured = [row["steps"] for row in results["rows"]]
-            if measured == list(models) and results["eval_samples"] == num:
+            old = json.loads(path.read_text())
+            measured = [row["steps"] for row in old["rows"]]
+            if measured == list(models) and old["eval_samples"] == num:
                 return  # finished before
         rows, drawn = evaluate(models, self.data, num, self.settings.seed, self.options.device)
         for row, training in zip(rows, self.trainings.values()):
