@@ -310,9 +310,6 @@ class Settings(TeacherSettings):
     def __post_init__(self):
         self.mults = tuple(self.mults)
         self.attention = tuple(self.attention)
-        levels = [2**level for level in range(len(self.mults))]
-        if not set(self.attention) <= set(levels):
-            raise ValueError(f"--attention must be some of {levels}, not {self.attention}")
         if self.weighting is None:  # ε with truncated SNR diverges (Table 1)
             self.weighting = "snr" if self.param == "eps" else "truncated"
         check_numbers(self)
@@ -482,6 +479,9 @@ class UNet(nn.Module):
         super().__init__()
         width, patch, attention = settings.width, settings.patch, settings.attention
         widths = [width * mult for mult in settings.mults]
+        levels = [2**level for level in range(len(widths))]
+        if not set(attention) <= set(levels):
+            raise ValueError(f"--attention must be some of {levels}, not {attention}")
         channels *= patch**2
         channels_out = 2 * channels if settings.param == "both" else channels
         emb_width = 4 * width

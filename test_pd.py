@@ -1044,8 +1044,15 @@ def run(ladder):
 
 
 @pytest.fixture
+def tiny_run(folder, tmp_path):
+    """Flags: a small run in tmp_path."""
+    return [*TINY, folder, "--out", tmp_path]
+
+
+@pytest.fixture
 def copied(run, tmp_path):
-    return shutil.copytree(run, tmp_path / "run")
+    """tmp_path, with a copy of the whole run."""
+    return shutil.copytree(run, tmp_path, dirs_exist_ok=True)
 
 
 def weights_of(run):
@@ -1116,40 +1123,38 @@ def test_same_command_changes_nothing_whatever_the_folder_is_called(
         assert contents(copied) == before
 
 
-def test_changed_settings_or_images_are_named_and_need_restart(
-    pd, folder, copied, capsys
-):
+def test_changed_settings_or_images_are_named_and_need_restart(pd, tiny_run, copied, capsys):
     before = contents(copied)
-    flags = [*TINY, folder, "--out", copied, "--width", 16, "--stages", 1]
+    flags = [*tiny_run, "--width", 16, "--stages", 1]
     error = refused(pd, capsys, *flags)
     assert "width 8, not 16: use these settings" in error
-    assert "images 20 with" in refused(pd, capsys, *TINY, "digits", "--out", copied)
+    assert "images 20 with" in refused(pd, capsys, *tiny_run, "--dataset", "digits")
     assert contents(copied) == before
     assert command(pd, *flags, "--restart") == 0
     assert len([*copied.glob("*.pt")]) == 2
 
 
 @parametrize("name", ["teacher", "student-2"])
-def test_checkpoint_under_the_name_of_another_is_refused(pd, folder, copied, capsys, name):
+def test_checkpoint_under_the_name_of_another_is_refused(pd, tiny_run, copied, capsys, name):
     shutil.copy(copied / "student-1.pt", copied / f"{name}.pt")
-    error = refused(pd, capsys, *TINY, folder, "--out", copied)
+    error = refused(pd, capsys, *tiny_run)
     assert f"holds the student-1, not the {name}" in error
 
 
-def test_results_of_other_models_are_renewed(pd, folder, copied):
+def test_results_of_other_models_are_renewed(pd, tiny_run, copied):
     for file in copied.glob("student-*.pt"):
         file.unlink()
-    assert command(pd, *TINY, folder, "--out", copied, "--stages", 0) == 0
+    assert command(pd, *tiny_run, "--stages", 0) == 0
     rows = json.loads((copied / "results.json").read_text())["rows"]
     assert [row["steps"] for row in rows] == [1]
 
 
 def test_restart_keeps_the_given_teacher_until_it_is_replaced(
-    pd, run, folder, copied, monkeypatch
+    pd, run, tiny_run, copied, monkeypatch
 ):
     monkeypatch.setattr(os, "fsync", Mock(side_effect=KeyboardInterrupt))
     given = copied / "teacher.pt"
-    assert command(pd, *TINY, folder, "--out", copied, "--teacher", given, "--restart") == 130
+    assert command(pd, *tiny_run, "--teacher", given, "--restart") == 130
     assert given.read_bytes() == (run / "teacher.pt").read_bytes()
 
 
@@ -1165,7 +1170,7 @@ def test_teacher_may_have_other_students(pd, run, folder, here, flags):
 
 
 def test_run_killed_at_ten_moments_ends_with_the_same_weights(
-    pd, run, folder, tmp_path, monkeypatch
+    pd, run, tiny_run, tmp_path, monkeypatch
 ):
     """before an update, while saving, before the rename; by Ctrl-C or by exit"""
 
@@ -1189,52 +1194,52 @@ def test_run_killed_at_ten_moments_ends_with_the_same_weights(
     ends = 5 * [KeyboardInterrupt(), SystemExit(-9)]
     for last, end in enumerate(ends, start=7):
         moments = []
-        status = command(pd, *TINY, folder, "--out", tmp_path)
+        status = command(pd, *tiny_run)
         assert status in (130, -9)
     last = 0
-    assert command(pd, *TINY, folder, "--out", tmp_path) == 0
+    assert command(pd, *tiny_run) == 0
     assert torch.equal(weights_of(tmp_path), weights_of(run))
 
 
 @parametrize("moment", [5, 6])
 def test_run_killed_between_log_and_model_has_a_whole_log(
-    pd, run, folder, tmp_path, monkeypatch, moment
+    pd, run, tiny_run, tmp_path, monkeypatch, moment
 ):
     """The last model and its log are the fifth and sixth file to be written."""
     replace = os.replace
     ends = [replace] * (moment - 1) + [Mock(side_effect=KeyboardInterrupt)]
     monkeypatch.setattr(pd, "LOG_EVERY", 5)
     monkeypatch.setattr(os, "replace", lambda *paths: ends.pop(0)(*paths))
-    assert command(pd, *TINY, folder, "--out", tmp_path) == 130
+    assert command(pd, *tiny_run) == 130
     monkeypatch.setattr(os, "replace", replace)
-    assert command(pd, *TINY, folder, "--out", tmp_path) == 0
+    assert command(pd, *tiny_run) == 0
     assert (tmp_path / "log.csv").read_text() == (run / "log.csv").read_text()
 
 
 def test_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_save(
-    pd, folder, tmp_path, monkeypatch, capsys
+    pd, tiny_run, tmp_path, monkeypatch, capsys
 ):
     loss = pd.training_loss
     factors = [1, 1, 1, 1, 1, math.nan]
     monkeypatch.setattr(pd, "training_loss", lambda *inputs: factors.pop(0) * loss(*inputs))
     monkeypatch.setattr(pd, "SAVE_EVERY", 0)
     monkeypatch.setattr(pd, "LOG_EVERY", 2)
-    error = refused(pd, capsys, *TINY, folder, "--out", tmp_path)
+    error = refused(pd, capsys, *tiny_run)
     assert "loss of teacher is not finite at update 6: lower --lr" in error
     assert pd.load_model(tmp_path / "teacher.pt")[1]["updates"] == 4
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs torchrun")
-def test_two_processes_train_the_model_of_one(pd, run, folder, tmp_path):
+def test_two_processes_train_the_model_of_one(pd, run, tiny_run, tmp_path):
     line = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
-    line = [sys.executable, *line, pd.__file__, *TINY, folder, "--out", tmp_path]
+    line = [sys.executable, *line, pd.__file__, *tiny_run]
     process = subprocess.run(line, capture_output=True, text=True, timeout=400)
     assert process.stdout.count("is finished") == 1, process.stderr  # one process speaks
     one, two = weights_of(run), weights_of(tmp_path)
     assert (one - two).norm() < 1e-5 * one.norm()
 
 
-def test_whole_run_compiles_the_network_three_times(pd, folder, tmp_path, monkeypatch):
+def test_whole_run_compiles_the_network_three_times(pd, tiny_run, monkeypatch):
     """Gradients of a teacher and of students; no gradients (targets and samples of one size)."""
 
     def backend(graph, inputs):
@@ -1246,7 +1251,7 @@ def test_whole_run_compiles_the_network_three_times(pd, folder, tmp_path, monkey
     compile_net = nn.Module.compile
     monkeypatch.setattr(nn.Module, "compile", lambda net: compile_net(net, backend=backend))
     monkeypatch.setattr(pd, "CHUNK", 8)
-    assert command(pd, *TINY, folder, "--out", tmp_path, "--compile") == 0
+    assert command(pd, *tiny_run, "--compile") == 0
     assert len(graphs) == 3
 
 
@@ -1268,9 +1273,8 @@ needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 
 @needs_cuda
 @parametrize("flag", ["--no-compile", "--compile"])
-def test_cuda_trains_and_draws_what_the_cpu_draws(pd, folder, tmp_path, flag):
-    run = [*TINY, folder, "--device", "cuda", "--bfloat16", flag, "--out", tmp_path]
-    assert command(pd, *run) == 0
+def test_cuda_trains_and_draws_what_the_cpu_draws(pd, tiny_run, tmp_path, flag):
+    assert command(pd, *tiny_run, "--device", "cuda", "--bfloat16", flag) == 0
     model, _ = pd.load_model(tmp_path / "student-1.pt")
     z = torch.randn(16, 1, 8, 8)
     on_cpu = pd.sample(model, z, 1)
@@ -1331,6 +1335,11 @@ def test_wrong_input_ends_with_one_line_and_writes_nothing(
     before = contents(Path())
     assert words in refused(pd, capsys, *flags.replace("MODEL", f"{run}/student-2.pt").split())
     assert contents(Path()) == before
+
+
+def test_flags_are_checked_together_with_the_preset(pd, tiny_run):
+    """The network of the preset has a level 4, the default one has not."""
+    assert command(pd, *tiny_run, "--preset", "mnist", "--attention", 4, "--stages", 0) == 0
 
 
 def sample_flags(run, *flags):
