@@ -394,7 +394,7 @@ SMALL = dict(
 )  # fmt: skip
 PRESETS = {
     "digits": {},
-    "mnist": SMALL | dict(lr=2e-3, teacher_updates=3600, student_lr=5e-4, student_updates=330),
+    "mnist": SMALL | dict(lr=1.5e-3, teacher_updates=3100, student_lr=5e-4, student_updates=290),
     "cifar10-cpu": SMALL | dict(
         flip=True, width=48, lr=1e-3, teacher_updates=4500, student_lr=3e-4, student_updates=650,
     ),
