@@ -473,6 +473,7 @@ class UNet(nn.Module):
     """net(z, t): (B, channels, H, W) and (B,) -> (B, channels, H, W), for any H and W.
 
     For param "both" the output has twice the channels.
+    Raises ValueError for attention at levels that the network does not have.
     """
 
     def __init__(self, channels, settings):

@@ -1114,12 +1114,12 @@ def test_results_compare_a_student_with_the_teacher(pd, run, folder):
 
 
 def test_same_command_changes_nothing_whatever_the_folder_is_called(
-    pd, folder, copied, monkeypatch
+    pd, folder, tiny_run, copied, monkeypatch
 ):
     monkeypatch.chdir(folder.parent)
     before = contents(copied)
     for name in folder, "images", "images/":
-        assert command(pd, *TINY, name, "--out", copied) == 0
+        assert command(pd, *tiny_run, "--dataset", name) == 0
         assert contents(copied) == before
 
 
@@ -1159,12 +1159,12 @@ def test_restart_keeps_the_given_teacher_until_it_is_replaced(
 
 
 @parametrize("flags", [[], ["--teacher", "run/teacher.pt", "--restart"]])
-def test_teacher_may_have_other_students(pd, run, folder, here, flags):
+def test_teacher_may_have_other_students(pd, run, tiny_run, here, flags):
     """with a copy of the teacher in a new folder, or by --teacher"""
     Path("run").mkdir()
     shutil.copy(run / "teacher.pt", "run")
     flags = ["--out", "run", "--stages", 1, "--student-updates", 2, *flags]
-    assert command(pd, *TINY, folder, *flags) == 0
+    assert command(pd, *tiny_run, *flags) == 0
     assert Path("run/teacher.pt").read_bytes() == (run / "teacher.pt").read_bytes()
     assert pd.load_model("run/student-1.pt")[1]["updates"] == 4
 
@@ -1338,7 +1338,7 @@ def test_wrong_input_ends_with_one_line_and_writes_nothing(
 
 
 def test_flags_are_checked_together_with_the_preset(pd, tiny_run):
-    """The network of the preset has a level 4, the default one has not."""
+    """The preset's network has a level 4, but the default one does not."""
     assert command(pd, *tiny_run, "--preset", "mnist", "--attention", 4, "--stages", 0) == 0
 
 
